@@ -1,0 +1,65 @@
+"""Scaled dot-product attention of every token with every token (Attention Is All You Need, arXiv 1706.03762, 3.2)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detfamily.structures import Tokens
+
+
+class DenseAttention(nn.Module):
+    """Multi-head attention; positions are added to queries and keys, not to values (DETR, arXiv 2005.12872, A.3).
+
+    Args:
+        embed_dim: the width C of the tokens.
+        num_heads: heads; must divide embed_dim.
+        dropout: of the attention weights, in training.
+
+    Raises:
+        ValueError: num_heads does not divide embed_dim.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"num_heads={num_heads} does not divide embed_dim={embed_dim}")
+        self.num_heads = num_heads
+        self.dropout = dropout
+        # one matrix for query, key and value, and Xavier over the whole of it, as in torch.nn.MultiheadAttention
+        self.in_proj = nn.Linear(embed_dim, 3 * embed_dim)
+        self.out_proj = nn.Linear(embed_dim, embed_dim)
+        for linear in (self.in_proj, self.out_proj):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, query: Tokens, source: Tokens, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, N, C); attention_mask (N, N') is True where a query may not look."""
+        q, k, v = (self._split_heads(x) for x in self._project(query, source))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=_allowed(source, attention_mask), dropout_p=self.dropout if self.training else 0.0
+        )
+        projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        return projected
+
+    def _project(self, query: Tokens, source: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        width = self.out_proj.in_features
+        weights, biases = self.in_proj.weight, self.in_proj.bias
+        if query is source:
+            q, k = F.linear(query.with_pos(), weights[: 2 * width], biases[: 2 * width]).chunk(2, dim=-1)
+        else:
+            q = F.linear(query.with_pos(), weights[:width], biases[:width])
+            k = F.linear(source.with_pos(), weights[width : 2 * width], biases[width : 2 * width])
+        return q, k, F.linear(source.content, weights[2 * width :], biases[2 * width :])
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def _allowed(source: Tokens, attention_mask: Tensor | None) -> Tensor | None:
+    """Our masks are True where hidden; PyTorch's attention wants True where visible."""
+    padding = source.grid.padding_mask if source.grid is not None else None
+    allowed = None if padding is None else ~padding[:, None, None, :]
+    if attention_mask is not None:
+        allowed = ~attention_mask if allowed is None else allowed & ~attention_mask
+    return allowed

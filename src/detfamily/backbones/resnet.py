@@ -1,0 +1,100 @@
+"""ResNet (arXiv 1512.03385) and ResNeXt (arXiv 1611.05431) from torchvision, frozen the way the DETR line freezes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from detfamily.errors import CheckpointError
+
+_STAGES = {2: "layer1", 3: "layer2", 4: "layer3", 5: "layer4"}
+
+
+class ResNet(nn.Module):
+    """C2 to C5 of a torchvision ResNet.
+
+    Args:
+        name: of the network in torchvision.
+        stages: which of C2..C5 to give, ascending.
+        norm: factory of the norms, called with the number of channels.
+        frozen_stages: stages without gradient from the stem (C1) on: 2 freezes stem and layer1, as officially.
+        dilation: dilate C5 instead of striding, "DC5": twice the resolution.
+        weights: "imagenet" for torchvision's first ImageNet weights (those of the papers; downloaded on first use), a
+            path of a state dict, or None for random weights.
+
+    Raises:
+        ValueError: stages out of range; dilation with a network that has no bottlenecks.
+        CheckpointError: weights cannot be downloaded or read.
+    """
+
+    def __init__(
+        self,
+        name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext101_64x4d"],
+        stages: Sequence[int],
+        norm: Callable[[int], nn.Module],
+        frozen_stages: int,
+        dilation: bool = False,
+        weights: str | None = "imagenet",
+    ) -> None:
+        super().__init__()
+        check_stages(stages, _STAGES)
+        basic = name in ("resnet18", "resnet34")
+        if dilation and basic:
+            raise ValueError(f"backbone.dilation=true needs bottlenecks, which {name} has not: use resnet50 or deeper")
+        if not 0 <= frozen_stages <= 5:
+            raise ValueError(f"backbone.frozen_stages={frozen_stages}: expected 0 (nothing) to 5 (everything)")
+        body = getattr(torchvision.models, name)(
+            norm_layer=norm, **({"replace_stride_with_dilation": [False, False, True]} if dilation else {})
+        )
+        if weights is not None:
+            body.load_state_dict(_read_weights(name, weights), strict=False)
+        del body.fc, body.avgpool
+        self.body = body
+        self.stages = tuple(stages)
+        base = 64 if basic else 256
+        self.channels = [base * 2 ** (stage - 2) for stage in stages]
+        self._freeze(frozen_stages)
+
+    def _freeze(self, frozen_stages: int) -> None:
+        frozen = ["conv1", "bn1"] if frozen_stages >= 1 else []
+        frozen += [name for stage, name in _STAGES.items() if stage <= frozen_stages]
+        for name in frozen:
+            self.body.get_submodule(name).requires_grad_(False)
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> [(B, c, h, w)]"""
+        x = self.body.maxpool(self.body.relu(self.body.bn1(self.body.conv1(pixels))))
+        maps = []
+        for stage in range(2, self.stages[-1] + 1):
+            x = self.body.get_submodule(_STAGES[stage])(x)
+            if stage in self.stages:
+                maps.append(x)
+        return maps
+
+
+def check_stages(stages: Sequence[int], available: Sequence[int] | dict[int, str]) -> None:
+    """Raise ValueError unless stages ascend and all are available."""
+    if not stages or sorted(set(stages)) != list(stages) or not set(stages) <= set(available):
+        raise ValueError(f"model.stages={list(stages)}: expected ascending stages out of {list(available)}")
+
+
+def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
+    if weights == "imagenet":
+        try:
+            enum = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+            state: dict[str, Tensor] = enum.get_state_dict(progress=True, check_hash=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot download the ImageNet weights of {name} ({error}): pass backbone.weights=PATH to a torchvision "
+                "state dict, or backbone.weights=null to start from random weights"
+            ) from error
+        return state
+    if not Path(weights).is_file():
+        raise CheckpointError(f"backbone.weights={weights!r}: no such file; expected a path, 'imagenet' or null")
+    state = torch.load(weights, map_location="cpu", weights_only=True)
+    return state

@@ -1,0 +1,64 @@
+"""The encoder: the tokens of the feature maps look at each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from detfamily.blocks.layers import Residual
+from detfamily.structures import Tokens
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention, then the FFN.
+
+    Args:
+        attention: factory of the attention.
+        ffn: factory of the feed-forward network; None leaves it out, with its residual (DETR, 4.2, "FFN").
+        residual: factory of the residual connection around each of them.
+    """
+
+    def __init__(
+        self, attention: Callable[[], nn.Module], ffn: Callable[[], nn.Module] | None, residual: Residual
+    ) -> None:
+        super().__init__()
+        self.attention = attention()
+        self.attention_residual = residual()
+        self.ffn = ffn() if ffn is not None else None
+        self.ffn_residual = residual() if ffn is not None else None
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """(B, S, C), the new content."""
+
+        def attend(x: Tensor) -> Tensor:
+            now = replace(tokens, content=x)
+            output: Tensor = self.attention(now, now)
+            return output
+
+        x: Tensor = self.attention_residual(tokens.content, attend)
+        if self.ffn is not None and self.ffn_residual is not None:
+            x = self.ffn_residual(x, self.ffn)
+        return x
+
+
+class Encoder(nn.Module):
+    """A stack of layers; none at all is allowed (DETR, table 2).
+
+    Args:
+        layer: factory of one layer.
+        num_layers: how many.
+        norm: what the last layer's output goes through; a LayerNorm where layers are pre-norm.
+    """
+
+    def __init__(self, layer: Callable[[], nn.Module], num_layers: int, norm: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layer() for _ in range(num_layers))
+        self.norm = norm
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        """Tokens -> Tokens with new content; positions and geometry stay."""
+        for layer in self.layers:
+            tokens = replace(tokens, content=layer(tokens))
+        return replace(tokens, content=self.norm(tokens.content))

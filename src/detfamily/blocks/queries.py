@@ -1,0 +1,172 @@
+"""Where object queries come from: learned, or proposed by the encoder's tokens.
+
+A query source is called with the encoder's tokens and gives the queries, and what its proposals say (or None).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from detfamily.blocks.heads import full_precision
+from detfamily.blocks.position import sine_code
+from detfamily.structures import Predictions, Queries, Tokens
+
+
+class QuerySource(nn.Module):
+    """What every query source tells about itself.
+
+    Attributes:
+        num_queries: N.
+        reference_dim: 2 for points, 4 for boxes, None where its queries look from nowhere.
+    """
+
+    num_queries: int
+    reference_dim: int | None
+
+
+class LearnedQueries(QuerySource):
+    """Queries that are parameters, the same for every image.
+
+    DETR learns positions and starts with zero content; Deformable DETR learns both, and reads a reference point from
+    the position.
+
+    Args:
+        num_queries: N.
+        embed_dim: the width C.
+        learn_pos: learn a position vector for each query; without it no attention adds anything to the content.
+        learn_content: learn the initial content; without it the content starts at zero.
+        has_reference: predict a reference point from the position with a linear layer.
+
+    Raises:
+        ValueError: neither is learned, or a reference is wanted without positions.
+    """
+
+    def __init__(
+        self, num_queries: int, embed_dim: int, learn_pos: bool, learn_content: bool, has_reference: bool
+    ) -> None:
+        super().__init__()
+        if not (learn_pos or learn_content):
+            raise ValueError("query_source: learn_pos=false and learn_content=false would make all queries equal")
+        if has_reference and not learn_pos:
+            raise ValueError("query_source: has_reference=true reads the reference from the position: learn_pos=true")
+        self.num_queries = num_queries
+        self.embed_dim = embed_dim
+        self.reference_dim = 2 if has_reference else None
+        self.pos = nn.Parameter(torch.randn(num_queries, embed_dim)) if learn_pos else None
+        self.content = nn.Parameter(torch.randn(num_queries, embed_dim)) if learn_content else None
+        self.reference_head = nn.Linear(embed_dim, 2) if has_reference else None
+        if self.reference_head is not None:
+            nn.init.xavier_uniform_(self.reference_head.weight)
+            nn.init.zeros_(self.reference_head.bias)
+
+    def forward(self, memory: Tokens) -> tuple[Queries, None]:
+        """Queries of one group "match"; reference points (B, N, 2)."""
+        batch = memory.content.shape[0]
+        zeros = memory.content.new_zeros(self.num_queries, self.embed_dim)
+        reference = None
+        if self.reference_head is not None:
+            reference = full_precision(self.reference_head(self.pos)).sigmoid().expand(batch, -1, -1)
+        queries = Queries(
+            content=(zeros if self.content is None else self.content).expand(batch, -1, -1),
+            pos=None if self.pos is None else self.pos.expand(batch, -1, -1),
+            reference_points=reference,
+            groups={"match": slice(0, self.num_queries)},
+        )
+        return queries, None
+
+
+def proposal_boxes(memory: Tokens, base_size: float = 0.05) -> tuple[Tensor, Tensor]:
+    """A box around each token: centred on its cell, 0.05 * 2^level wide and high (Deformable DETR, A.4).
+
+    Returns:
+        (B, S, 4) logits of the boxes, +inf where the box is unusable, and (B, S) bool, True where it is usable: not in
+        the padding, and all four numbers within (0.01, 0.99).
+    """
+    assert memory.grid is not None and memory.reference_points is not None
+    sizes = [base_size * 2.0**level for level, (h, w) in enumerate(memory.grid.shapes) for _ in range(h * w)]
+    centers = memory.reference_points
+    wh = torch.tensor(sizes, dtype=centers.dtype, device=centers.device)[None, :, None].expand(len(centers), -1, 2)
+    boxes = torch.cat([centers, wh], -1)
+    usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1)
+    if memory.grid.padding_mask is not None:
+        usable = usable & ~memory.grid.padding_mask
+    return torch.log(boxes / (1 - boxes)).masked_fill(~usable[..., None], math.inf), usable
+
+
+class ProposalQueries(QuerySource):
+    """Two-stage: the encoder's tokens propose boxes, and the best of them become queries (Deformable DETR, A.4).
+
+    Args:
+        num_queries: N, proposals taken.
+        embed_dim: the width C.
+        class_head: factory of the class head that scores tokens; only its first column decides.
+        box_head: factory of the box head, relative to a box around each token.
+        mixed: learn the queries' content, and take only position and reference from the proposal (mixed query
+            selection, DINO, arXiv 2203.03605, 3.4); otherwise the content comes from the box, too.
+    """
+
+    def __init__(
+        self,
+        num_queries: int,
+        embed_dim: int,
+        class_head: Callable[[], nn.Module],
+        box_head: Callable[..., nn.Module],
+        mixed: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_queries = num_queries
+        self.embed_dim = embed_dim
+        self.reference_dim = 4
+        self.memory_proj = nn.Linear(embed_dim, embed_dim)
+        self.memory_norm = nn.LayerNorm(embed_dim)
+        self.class_head = class_head()
+        self.box_head = box_head()
+        code_width = embed_dim if mixed else 2 * embed_dim
+        self.pos_proj = nn.Linear(2 * embed_dim, code_width)
+        self.pos_norm = nn.LayerNorm(code_width)
+        self.content = nn.Parameter(torch.randn(num_queries, embed_dim)) if mixed else None
+        for linear in (self.memory_proj, self.pos_proj):
+            nn.init.xavier_uniform_(linear.weight)
+
+    def forward(self, memory: Tokens) -> tuple[Queries, Predictions]:
+        """Queries of one group "match" with boxes as references, and what all tokens say: (1, B, S, ...).
+
+        Raises:
+            ValueError: fewer tokens than queries.
+        """
+        logits, box_logits = self._score(memory)
+        if logits.shape[1] < self.num_queries:
+            raise ValueError(
+                f"num_queries={self.num_queries} proposals are wanted from {logits.shape[1]} tokens: "
+                "use fewer queries, more levels or larger images"
+            )
+        chosen = logits[..., 0].topk(self.num_queries, dim=1).indices
+        references = box_logits.detach().gather(1, chosen[..., None].expand(-1, -1, 4)).sigmoid()
+        pos, content = self._encode(references)
+        queries = Queries(
+            content=content,
+            pos=pos,
+            reference_points=references,
+            groups={"match": slice(0, self.num_queries)},
+        )
+        return queries, Predictions(logits[None], box_logits.sigmoid()[None])
+
+    def _score(self, memory: Tokens) -> tuple[Tensor, Tensor]:
+        box_logits, usable = proposal_boxes(memory)
+        tokens = self.memory_norm(self.memory_proj(memory.content.masked_fill(~usable[..., None], 0.0)))
+        return full_precision(self.class_head(tokens)), full_precision(self.box_head(tokens)) + box_logits
+
+    def _encode(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Position and content (B, N, C) from the sine code of x, y, w, h, in this order."""
+        code = sine_code(boxes * (2 * math.pi), self.embed_dim // 2, temperature=10000.0).flatten(-2)
+        code = self.pos_norm(self.pos_proj(code.to(self.pos_proj.weight.dtype)))
+        if self.content is not None:
+            return code, self.content.expand(len(boxes), -1, -1)
+        pos, content = code.chunk(2, dim=-1)
+        return pos, content
+
+

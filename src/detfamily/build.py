@@ -1,0 +1,115 @@
+"""From a composed config to the objects of a run, and the checks that need more than one block to see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from detfamily.blocks.decoder import Decoder
+from detfamily.blocks.postprocess import SoftmaxScores
+from detfamily.config import build
+from detfamily.criterion import Criterion
+from detfamily.detector import Detector
+from detfamily.errors import ConfigError
+
+
+def build_detector(
+    cfg: DictConfig, num_classes: int, pretrained: bool = True, backbone: nn.Module | None = None
+) -> Detector:
+    """Build the detector that a config describes.
+
+    Args:
+        cfg: composed from ``train.yaml``, or taken from a checkpoint.
+        num_classes: columns of the class head, from the data set's label map.
+        pretrained: start the backbone from the weights that the config names; False where a checkpoint's follow.
+        backbone: instead of the one that the config names.
+
+    Raises:
+        ConfigError: the config sets ``model.num_classes``, or blocks contradict each other.
+    """
+    given = cfg.model.num_classes
+    if given is not None and given != num_classes:
+        raise ConfigError(
+            f"model.num_classes={given} contradicts the data set, which has {num_classes}: leave it out, it is derived"
+        )
+    cfg = with_num_classes(cfg, num_classes)
+    if not pretrained:
+        for key, off in (("weights", None), ("pretrained", False)):
+            if key in cfg.backbone:
+                cfg.backbone[key] = off
+    check_composition(cfg)
+    detector: Detector = build(cfg.detector, **({} if backbone is None else {"backbone": backbone}))
+    check_blocks(detector)
+    return detector
+
+
+def build_criterion(cfg: DictConfig) -> Criterion:
+    """Build the criterion that a config describes."""
+    criterion: Criterion = build(cfg.criterion)
+    return criterion
+
+
+def build_postprocess(cfg: DictConfig) -> nn.Module:
+    """Build what turns predictions into detections."""
+    postprocess: nn.Module = build(cfg.postprocess)
+    layer, depth = int(cfg.postprocess.layer), int(cfg.decoder.num_layers)
+    if not -depth <= layer < depth:
+        raise ConfigError(f"postprocess.layer={layer}: the decoder has layers 0 to {depth - 1}, or -{depth} to -1")
+    return postprocess
+
+
+def with_num_classes(cfg: DictConfig, num_classes: int) -> DictConfig:
+    """A copy of the config that knows the number of classes."""
+    cfg = OmegaConf.create(cfg)
+    cfg.model.num_classes = num_classes
+    return cfg
+
+
+def check_composition(cfg: DictConfig) -> None:
+    """Refuse choices that contradict each other before anything is built.
+
+    Raises:
+        ConfigError: with the reason and what to override.
+    """
+    softmax_head = cfg.classification.head._target_.endswith("SoftmaxClassHead")
+    softmax_scores = cfg.postprocess.scores._target_.endswith(SoftmaxScores.__name__)
+    if softmax_head != softmax_scores:
+        raise ConfigError(
+            "postprocess.scores and classification.head disagree about the 'no object' column: "
+            "choose both with classification=softmax or classification=focal"
+        )
+    if cfg.criterion.aux_loss is False and cfg.postprocess.layer not in (-1, cfg.decoder.num_layers - 1):
+        raise ConfigError(
+            f"postprocess.layer={cfg.postprocess.layer} evaluates a decoder layer that criterion.aux_loss=false leaves "
+            "untrained: use aux_loss=true, or the last layer"
+        )
+
+
+def check_blocks(detector: Detector) -> None:
+    """Refuse blocks that cannot work together.
+
+    Raises:
+        ConfigError: with the reason and what to override.
+    """
+    dim, decoder = detector.query_source.reference_dim, detector.decoder
+    if dim == 4 and not decoder.refine:
+        raise ConfigError(
+            "query_source=proposals starts from the encoder's boxes, and decoder=plain never updates boxes (its "
+            "layers would all answer relative to the raw proposals): two stages need decoder=refine"
+        )
+    if dim is None:
+        for name, attentions in _attentions(decoder):
+            if any(getattr(module, "needs_reference_points", False) for module in attentions):
+                raise ConfigError(
+                    f"{name}=ms_deform samples around reference points, and this query source has none: use "
+                    "query_source=learned_points, or query_source=proposals with decoder=refine"
+                )
+
+
+def _attentions(decoder: Decoder) -> Sequence[tuple[str, list[nn.Module]]]:
+    return [
+        (kind, [module for layer in decoder.layers for module in layer.get_submodule(kind).modules()])
+        for kind in ("self_attention", "cross_attention")
+    ]

@@ -1,0 +1,139 @@
+"""Renaming tensors between another repository's names and ours, in both directions.
+
+A rule pairs one of our names with one or several official ones (some official code lists a shared tensor under several
+names). Names are templates: ``{n}`` stands for a number, ``{rest}`` for the rest of the name, and both mean the same on
+both sides. The first rule that fits decides.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from detfamily.errors import CheckpointError
+
+_PLACES = {"{n}": r"(?P<n>\d+)", "{rest}": r"(?P<rest>.+)"}
+
+
+@dataclass(frozen=True)
+class Rename:
+    """One of our tensors, under the official names; the official tensors are equal."""
+
+    ours: str
+    official: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Join:
+    """Several of our tensors make up one official tensor, one after another along ``dim``."""
+
+    ours: tuple[str, ...]
+    official: str
+    dim: int
+
+
+Rule = Rename | Join
+
+
+class Adapter:
+    """Renames whole state dicts, and whatever else goes by parameter names (gradients).
+
+    Args:
+        rules: in order of precedence.
+        ignored: official names that may be left unused (regular expressions).
+    """
+
+    def __init__(self, rules: Sequence[Rule], ignored: Sequence[str] = ()) -> None:
+        self.rules = tuple(rules)
+        self.ignored = tuple(re.compile(pattern) for pattern in ignored)
+
+    def to_ours(self, official: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Official tensors under our names.
+
+        Raises:
+            CheckpointError: names that no rule knows; or tensors that must be one and differ.
+        """
+        ours: dict[str, Tensor] = {}
+        unknown = []
+        for name, tensor in official.items():
+            targets = self._our_names(name)
+            if targets is None:
+                if not any(pattern.search(name) for pattern in self.ignored):
+                    unknown.append(name)
+                continue
+            parts = tensor.chunk(len(targets[0]), dim=targets[1]) if len(targets[0]) > 1 else [tensor]
+            for target, part in zip(targets[0], parts, strict=True):
+                if target in ours and not torch.equal(ours[target], part):
+                    raise CheckpointError(f"{name} should be a copy of what {target} has already, and differs from it")
+                ours[target] = part
+        if unknown:
+            raise CheckpointError(f"official names without a counterpart: {_listed(unknown)}")
+        return ours
+
+    def to_official(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our tensors under the official names, every copy included.
+
+        Raises:
+            CheckpointError: names that no rule knows; or parts of a joined tensor are missing.
+        """
+        official: dict[str, Tensor] = {}
+        unknown = []
+        for name, tensor in ours.items():
+            rule = self._rule_for(name)
+            if rule is None:
+                unknown.append(name)
+            elif isinstance(rule, Join):
+                missing = [part for part in rule.ours if part not in ours]
+                if missing:
+                    raise CheckpointError(f"{rule.official} is made of {list(rule.ours)}, and {missing} is missing")
+                official[rule.official] = torch.cat([ours[part] for part in rule.ours], rule.dim)
+            else:
+                official |= {_fill(rule.ours, template, name): tensor for template in rule.official}
+        if unknown:
+            raise CheckpointError(f"our names without an official counterpart: {_listed(unknown)}")
+        return official
+
+    def _our_names(self, official: str) -> tuple[tuple[str, ...], int] | None:
+        for rule in self.rules:
+            if isinstance(rule, Join):
+                if rule.official == official:
+                    return rule.ours, rule.dim
+                continue
+            for template in rule.official:
+                if _fits(template, official):
+                    return (_fill(template, rule.ours, official),), 0
+        return None
+
+    def _rule_for(self, ours: str) -> Rule | None:
+        for rule in self.rules:
+            names = rule.ours if isinstance(rule, Join) else (rule.ours,)
+            if any(_fits(name, ours) for name in names):
+                return rule
+        return None
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    escaped = re.escape(template)
+    for place, pattern in _PLACES.items():
+        escaped = escaped.replace(re.escape(place), pattern)
+    return re.compile(escaped)
+
+
+def _fits(template: str, name: str) -> bool:
+    return _pattern(template).fullmatch(name) is not None
+
+
+def _fill(source: str, target: str, name: str) -> str:
+    """Put into the target template what stands at the places of the source template in the name."""
+    found = _pattern(source).fullmatch(name)
+    assert found is not None
+    return target.format(**found.groupdict())
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

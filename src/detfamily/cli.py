@@ -1,0 +1,153 @@
+"""The command line: ``detfamily COMMAND [overrides]``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from detfamily import __version__
+from detfamily.errors import DetfamilyError, nearest
+
+FAILED = 2
+INTERRUPTED = 130
+OPTIONS = ("--help", "--cfg", "--version")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: composes a config, checks it, and hands it to one function.
+
+    Attributes:
+        name: what is typed.
+        summary: one line of help.
+        config: the primary config, a file of the configs folder.
+        function: ``module:function`` that takes the config; imported when the command runs.
+        examples: overrides to show.
+    """
+
+    name: str
+    summary: str
+    config: str
+    function: str
+    examples: tuple[str, ...]
+
+    def run(self, overrides: Sequence[str]) -> None:
+        """Compose, check, run."""
+        from detfamily.config import compose, validate
+
+        cfg = compose(self.config, overrides)
+        validate(cfg)
+        module, _, function = self.function.partition(":")
+        getattr(importlib.import_module(module), function)(cfg)
+
+    def print_config(self, overrides: Sequence[str]) -> None:
+        """Print the config that a run with these overrides would have, as YAML."""
+        from omegaconf import OmegaConf
+
+        from detfamily.config import compose, to_container, validate
+
+        cfg = compose(self.config, overrides)
+        print(OmegaConf.to_yaml(OmegaConf.create(to_container(cfg))), end="")
+        validate(cfg)
+
+
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command(
+            "train",
+            "train a detector; evaluates after every epoch and leaves checkpoints, logs and pictures",
+            "train",
+            "detfamily.engine.train:train",
+            (
+                "family=deformable_detr data=coco data.root=/data/coco",
+                "experiment=overfit data=coco_mini data.root=/data/coco_mini",
+                "family=detr backbone=resnet101 schedule.epochs=150 optimizer.lr=5e-5",
+            ),
+        ),
+        Command(
+            "evaluate",
+            "evaluate a checkpoint, or a results file in COCO's format, on a data set",
+            "evaluate",
+            "detfamily.engine.evaluate:evaluate",
+            ("checkpoint=runs/detr/best.pt", "results=detections.json data=coco data.root=/data/coco"),
+        ),
+    )
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status: 0, 2 for an error that the user can act on, 130 for Ctrl-C.
+
+    Args:
+        arguments: the words after ``detfamily``; those of this process by default.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _dispatch(words)
+    except DetfamilyError as error:
+        if os.environ.get("DETFAMILY_DEBUG") == "1":
+            raise
+        print(f"detfamily: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("detfamily: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _dispatch(words: list[str]) -> None:
+    options = ["--help" if word == "-h" else word for word in words if word.startswith("-")]
+    rest = [word for word in words if not word.startswith("-")]
+    for option in options:
+        if option not in OPTIONS:
+            raise DetfamilyError(f"unknown option {option!r}: {nearest(option, OPTIONS)}; settings are key=value")
+    if "--version" in options:
+        print(f"detfamily {__version__}")
+    elif not rest:
+        print(overview())
+    elif rest[0] not in COMMANDS:
+        raise DetfamilyError(f"unknown command {rest[0]!r}: {nearest(rest[0], COMMANDS)}")
+    elif "--help" in options:
+        print(command_help(COMMANDS[rest[0]]))
+    elif "--cfg" in options:
+        COMMANDS[rest[0]].print_config(rest[1:])
+    else:
+        COMMANDS[rest[0]].run(rest[1:])
+
+
+def overview() -> str:
+    """The text of ``detfamily --help``."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {command.name:<{width}}  {command.summary}" for command in COMMANDS.values()]
+    return "\n".join(
+        [
+            "usage: detfamily COMMAND [GROUP=CHOICE | FIELD=VALUE ...]",
+            "",
+            *lines,
+            "",
+            "  detfamily COMMAND --help   what there is to choose from, and examples",
+            "  detfamily COMMAND --cfg    print the config of a run and stop",
+            "  detfamily --version",
+            "",
+            "DETFAMILY_DEBUG=1 shows where in the code an error comes from.",
+        ]
+    )
+
+
+def command_help(command: Command) -> str:
+    """The text of ``detfamily COMMAND --help``: groups and choices as they lie in the configs folder."""
+    from detfamily.config import groups_of
+
+    lines = [f"detfamily {command.name}: {command.summary}", "", "Groups and their choices (GROUP=CHOICE):"]
+    found = groups_of(command.config)
+    width = max(map(len, found), default=0)
+    for group, choices in found.items():
+        text = textwrap.wrap("  ".join(choices), 116 - width, break_long_words=False, break_on_hyphens=False)
+        lines += [f"  {group if row == 0 else '':<{width}}  {part}" for row, part in enumerate(text)]
+    lines += ["", f"Fields (FIELD=VALUE): detfamily {command.name} --cfg lists all of them.", "", "Examples:"]
+    return "\n".join([*lines, *(f"  detfamily {command.name} {example}" for example in command.examples)])

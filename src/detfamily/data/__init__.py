@@ -1,0 +1,1 @@
+"""Data sets in the COCO format, their augmentation, and the loaders that batch them."""

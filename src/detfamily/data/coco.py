@@ -1,0 +1,573 @@
+"""Data sets in the COCO format: the annotation file, the image files, the training and the validation set.
+
+What a user can get wrong is checked here once, before any work, and named by its id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from detfamily.data.labels import LabelMap
+from detfamily.data.transforms import Sample, Transform
+from detfamily.errors import DataError, nearest
+
+COCO_AREA_RANGES: dict[str, tuple[float, float]] = {
+    "all": (0.0, 1e10),
+    "small": (0.0, 32.0**2),
+    "medium": (32.0**2, 96.0**2),
+    "large": (96.0**2, 1e10),
+}
+"""Square pixels of the original image, as in COCO's published numbers."""
+
+# Deprecated for torchcodec since torchvision 0.29, which needs ffmpeg; nothing that a user could act on.
+warnings.filterwarnings("ignore", message=".*TorchCodec", category=DeprecationWarning, module="torchvision")
+
+LAYOUT = "train2017/*.jpg, val2017/*.jpg, annotations/instances_train2017.json, annotations/instances_val2017.json"
+
+
+@dataclass(frozen=True, slots=True)
+class SampleKey:
+    """What a loader asks a data set for: an image, and the seed of its augmentation."""
+
+    index: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """The content of one COCO json in compact form: I images in the order of their ids, M boxes grouped by image.
+
+    As in the official training, crowd regions are left out, boxes are clamped to their image, and boxes without width
+    or height are left out; images without objects stay.
+
+    Attributes:
+        path: the file, for messages.
+        categories: id -> name.
+        image_ids: id of each image.
+        file_names: path of each image inside the image folder.
+        sizes: (I, 2) height, width.
+        starts: (I + 1,) the boxes of image i are starts[i] .. starts[i + 1].
+        boxes: (M, 4) float32 x1, y1, x2, y2 in pixels.
+        category_ids: (M,) int64.
+        area: (M,) float32, the file's own area (of the segmentation in COCO).
+        crowds: number of crowd regions left out.
+        degenerate: number of boxes left out for having no width or height inside the image.
+    """
+
+    path: Path
+    categories: dict[int, str]
+    image_ids: tuple[int, ...]
+    file_names: tuple[str, ...]
+    sizes: Tensor
+    starts: Tensor
+    boxes: Tensor
+    category_ids: Tensor
+    area: Tensor
+    crowds: int
+    degenerate: int
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @classmethod
+    def read(cls, path: Path) -> Annotations:
+        """Parse a file; DataError says what is wrong with it, naming the image or annotation."""
+        return cls.from_json(read_json(path), path)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], path: Path) -> Annotations:
+        """Check and convert the content of a COCO json; ``path`` is for messages only."""
+        for key in ("images", "annotations", "categories"):
+            if not isinstance(content.get(key), list):
+                raise DataError(f"{path} has no list {key!r}: a COCO json has 'images', 'annotations' and 'categories'")
+        images = sorted(content["images"], key=lambda image: _whole(image, "id", "an image", path))
+        image_ids = tuple(int(image["id"]) for image in images)
+        if not images:
+            raise DataError(f"{path} lists no images")
+        for before, after in pairwise(image_ids):
+            if before == after:
+                raise DataError(f"{path}: image id {after} occurs twice")
+        sizes = torch.tensor([_image_size(image, path) for image in images], dtype=torch.int64)
+        categories = _categories(content["categories"], path)
+
+        annotations = content["annotations"]
+        image_of = _image_indices(annotations, image_ids, path)
+        order = np.argsort(image_of, kind="stable")
+        annotations = [annotations[i] for i in order]
+        image_index = torch.from_numpy(image_of[order])
+        category_ids = _category_ids(annotations, categories, path)
+        xywh = _boxes(annotations, path)
+        _check_plausible(xywh, sizes[image_index], annotations, path)
+
+        crowd = torch.tensor([bool(one.get("iscrowd", 0)) for one in annotations], dtype=torch.bool)
+        area = torch.tensor([_area(one) for one in annotations], dtype=torch.float64).float()
+        boxes = clamped_xyxy(xywh.float(), sizes[image_index])
+        solid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        keep = solid & ~crowd
+        counts = torch.bincount(image_index[keep], minlength=len(images))
+        return cls(
+            path=path,
+            categories=categories,
+            image_ids=image_ids,
+            file_names=tuple(_file_name(image, path) for image in images),
+            sizes=sizes,
+            starts=torch.cat((counts.new_zeros(1), counts.cumsum(0))),
+            boxes=boxes[keep],
+            category_ids=category_ids[keep],
+            area=area[keep],
+            crowds=int(crowd.sum()),
+            degenerate=int((~solid & ~crowd).sum()),
+        )
+
+    @property
+    def counts(self) -> Tensor:
+        """(I,) number of objects of each image."""
+        return self.starts.diff()
+
+    def first_with_objects(self, limit: int | None) -> list[int]:
+        """Indices of the first ``limit`` images that have objects, in the order of the ids; of all images for None."""
+        if limit is None:
+            return list(range(len(self)))
+        return [int(i) for i in self.counts.nonzero()[:limit, 0]]
+
+    def summary(self, indices: Sequence[int]) -> str:
+        """Say how many images and objects there are, and what was left out."""
+        objects = int(self.counts[list(indices)].sum())
+        text = f"{len(indices)} images with {objects} objects"
+        if len(indices) < len(self):
+            return text + f" (of {len(self)} images)"
+        left_out = [(self.crowds, "crowd regions"), (self.degenerate, "boxes without extent")]
+        named = " and ".join(f"{number} {what}" for number, what in left_out if number)
+        return text + (f" ({named} left out)" if named else "")
+
+
+class CocoDetection(Dataset[Sample]):
+    """Images and objects of one annotation file.
+
+    Args:
+        annotations: the parsed file.
+        folder: where the file names start.
+        label_map: from category ids to labels.
+        transform: what to do with each sample.
+        indices: which images to take; None takes all.
+    """
+
+    def __init__(
+        self,
+        annotations: Annotations,
+        folder: Path,
+        label_map: LabelMap,
+        transform: Transform,
+        indices: Sequence[int] | None = None,
+    ) -> None:
+        self.annotations = annotations
+        self.folder = folder
+        self.transform = transform
+        self.indices = list(range(len(annotations)) if indices is None else indices)
+        used, inverse = annotations.category_ids.unique(return_inverse=True)
+        self._labels = torch.tensor([label_map.label_of(int(one)) for one in used], dtype=torch.int64)[inverse]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def image_ids(self) -> list[int]:
+        """The ids of the images, in the order of the data set."""
+        return [self.annotations.image_ids[i] for i in self.indices]
+
+    @property
+    def max_objects(self) -> int:
+        """The number of objects in the fullest image: a detector needs more queries than this."""
+        return int(self.annotations.counts[self.indices].max()) if self.indices else 0
+
+    def load(self, index: int) -> Sample:
+        """The sample as it is on disk, before any transform.
+
+        Raises:
+            DataError: the image file is missing, broken, or of another size than the annotations say.
+        """
+        found = self.annotations
+        at = self.indices[index]
+        image_id, path = found.image_ids[at], self.folder / found.file_names[at]
+        try:
+            image = read_image(path)
+        except DataError as error:
+            raise DataError(f"image {image_id}: {error}") from None
+        height, width = found.sizes[at].tolist()
+        if tuple(image.shape[1:]) != (height, width):
+            raise DataError(
+                f"image {image_id}: {path} is {image.shape[2]}x{image.shape[1]} pixels (width x height), but "
+                f"{found.path} says {width}x{height}, so its boxes would be misplaced"
+            )
+        return self.sample(index, image)
+
+    def sample(self, index: int, image: Tensor) -> Sample:
+        """The sample with the given pixels in place of those on disk."""
+        found = self.annotations
+        at = self.indices[index]
+        objects = slice(int(found.starts[at]), int(found.starts[at + 1]))
+        height, width = found.sizes[at].tolist()
+        return Sample(
+            image=image,
+            boxes=found.boxes[objects],
+            labels=self._labels[objects],
+            area=found.area[objects],
+            iscrowd=torch.zeros(objects.stop - objects.start, dtype=torch.int64),
+            image_id=found.image_ids[at],
+            original_size=(height, width),
+        )
+
+    def __getitem__(self, key: int | SampleKey) -> Sample:
+        if not isinstance(key, SampleKey):
+            key = SampleKey(key, seed=key)
+        return self.transform(self.load(key.index), torch.Generator().manual_seed(key.seed))
+
+
+class CocoData:
+    """A data set in the COCO format: the choice ``data=coco``, and any other data set by overriding its arguments.
+
+    The validation annotations are read at once, the training annotations when training asks for them, so that a
+    checkpoint can be evaluated where only the validation set is.
+
+    Args:
+        root: folder of the data set.
+        train_images: folder of the training images, inside the root; file names may lead into subfolders.
+        train_annotations: COCO json of the training images, inside the root.
+        val_images: folder of the validation images.
+        val_annotations: COCO json of the validation images.
+        labels: "contiguous" (0 .. K-1 in the order of the category ids), or "category_id" (column i = category id i)
+            for heads of the official checkpoints.
+        limit_train: train on the first n images that have objects, in the order of their ids; None takes all images.
+        limit_val: validate on the first n images that have objects; None takes all images.
+        area_ranges: name -> (low, high) square pixels, for the AP by size; COCO's when None.
+
+    Raises:
+        DataError: a file or folder is not there, is broken, or contradicts another.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        train_images: str = "train2017",
+        train_annotations: str = "annotations/instances_train2017.json",
+        val_images: str = "val2017",
+        val_annotations: str = "annotations/instances_val2017.json",
+        labels: Literal["contiguous", "category_id"] = "contiguous",
+        limit_train: int | None = None,
+        limit_val: int | None = None,
+        area_ranges: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
+        maps = {"contiguous": LabelMap.contiguous, "category_id": LabelMap.by_category_id}
+        if labels not in maps:
+            raise DataError(f"data.labels={labels} does not exist; {nearest(str(labels), maps)}")
+        for name, limit in (("limit_train", limit_train), ("limit_val", limit_val)):
+            if limit is not None and limit < 1:
+                raise DataError(f"data.{name}={limit} leaves nothing; give 1 or more, or null for all images")
+        self.root = _existing_root(root)
+        self.limit_train, self.limit_val = limit_train, limit_val
+        self.area_ranges = _checked_area_ranges(COCO_AREA_RANGES if area_ranges is None else area_ranges)
+        self._folders = {"train": self.root / train_images, "val": self.root / val_images}
+        self._files = {"train": self.root / train_annotations, "val": self.root / val_annotations}
+        self.label_map = maps[labels]([{"id": i, "name": n} for i, n in self._val.categories.items()])
+
+    def train(self, transform: Transform) -> CocoDetection:
+        """The training set; DataError if its categories are not those of the validation set."""
+        _check_same_categories(self._train, self._val)
+        return self._dataset("train", self._train, transform, self.limit_train)
+
+    def validation(self, transform: Transform) -> CocoDetection:
+        """The validation set."""
+        return self._dataset("val", self._val, transform, self.limit_val)
+
+    @cached_property
+    def validation_annotations(self) -> Path:
+        """COCO json for the evaluator, with exactly the images of ``validation``.
+
+        It is the data set's own file, or with ``limit_val`` a copy of a part of it in the cache folder.
+        """
+        path = self._files["val"]
+        chosen = {self._val.image_ids[i] for i in self._val.first_with_objects(self.limit_val)}
+        if len(chosen) == len(self._val):
+            return path
+        content = read_json(path)
+        part = {
+            "images": [image for image in content["images"] if image["id"] in chosen],
+            "annotations": [
+                {key: value for key, value in annotation.items() if key != "segmentation"}
+                for annotation in content["annotations"]
+                if annotation["image_id"] in chosen
+            ],
+            "categories": content["categories"],
+        }
+        text = json.dumps(part)
+        target = cache_folder() / "annotations" / f"{path.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        if not target.exists():
+            write_text(target, text)
+        return target
+
+    def describe(self) -> str:
+        """One line: where, how many categories, images and objects; training images once they have been read."""
+        parts = [f"{self.root}: {self.label_map.num_categories} categories"]
+        if "_train" in self.__dict__:
+            parts.append("train " + self._train.summary(self._train.first_with_objects(self.limit_train)))
+        parts.append("val " + self._val.summary(self._val.first_with_objects(self.limit_val)))
+        return ", ".join(parts)
+
+    @cached_property
+    def _val(self) -> Annotations:
+        return self._read("val")
+
+    @cached_property
+    def _train(self) -> Annotations:
+        return self._val if self._files["train"] == self._files["val"] else self._read("train")
+
+    def _read(self, split: str) -> Annotations:
+        path = self._files[split]
+        if not path.is_file():
+            raise DataError(
+                f"the annotations {path} do not exist. data.root={self.root} should hold COCO's layout ({LAYOUT}); "
+                f"for other names set data.{split}_annotations=... and data.{split}_images=... (relative to data.root)"
+            )
+        return Annotations.read(path)
+
+    def _dataset(self, split: str, found: Annotations, transform: Transform, limit: int | None) -> CocoDetection:
+        indices = found.first_with_objects(limit)
+        if not indices:
+            raise DataError(f"no image of {found.path} has an object; without data.limit_{split} all images are taken")
+        self._check_files(split, found, indices)
+        return CocoDetection(found, self._folders[split], self.label_map, transform, indices)
+
+    def _check_files(self, split: str, found: Annotations, indices: Sequence[int], most: int = 4) -> None:
+        """Look for the first few images, so that a wrong folder shows before training does."""
+        folder = self._folders[split]
+        names = [found.file_names[i] for i in indices[:most]]
+        missing = [name for name in names if not (folder / name).is_file()]
+        if not missing:
+            return
+        places = {".": self.root, **{path.name: path for path in sorted(self.root.iterdir()) if path.is_dir()}}
+        hints = [name for name, place in places.items() if (place / missing[0]).is_file()]
+        hint = f"; it is there with data.{split}_images={hints[0]}" if hints else ""
+        problem = "does not exist" if not folder.is_dir() else f"lacks {len(missing)} of the first {len(names)} images"
+        raise DataError(
+            f"the image folder {folder} {problem}: {found.path.name} names {missing[0]!r}{hint}. "
+            f"Set data.{split}_images=... to the folder (relative to data.root) in which these file names start"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a json file; DataError if it cannot be read."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not a json file, or only a part of one: {error}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds a {type(content).__name__}; a COCO json is an object with 'images', ...")
+    return content
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that no reader ever sees a part of it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        unfinished.write_text(text)
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise DataError(
+            f"cannot write {path}: {error.strerror}; set DETFAMILY_CACHE to a folder that you own"
+        ) from None
+
+
+def cache_folder() -> Path:
+    """Where generated data are kept: DETFAMILY_CACHE, or ~/.cache/detfamily."""
+    return Path(os.environ.get("DETFAMILY_CACHE") or "~/.cache/detfamily").expanduser()
+
+
+def read_image(path: Path) -> Tensor:
+    """(3, H, W) uint8 RGB of an image file; grey, palette and CMYK images are converted.
+
+    torchvision decodes JPEG; PIL does all else, and the JPEGs that torchvision refuses. As in the official pipeline, an
+    orientation in the EXIF data is ignored: boxes refer to the pixels as stored.
+
+    Raises:
+        DataError: the file is missing, no image, or cut off.
+    """
+    try:
+        data = np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    if data[:2].tobytes() == b"\xff\xd8":
+        try:
+            return decode_jpeg(torch.from_numpy(data), mode=ImageReadMode.RGB)
+        except RuntimeError:
+            pass  # PIL knows more kinds, and says better what is wrong
+    try:
+        with Image.open(io.BytesIO(data.tobytes())) as image:
+            pixels = np.array(image.convert("RGB"))
+    except UnidentifiedImageError:
+        raise DataError(f"{path} is not an image, or its beginning is damaged") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} is damaged or cut off: {error}") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def clamped_xyxy(boxes_xywh: Tensor, sizes: Tensor) -> Tensor:
+    """COCO's boxes (M, 4) as corners, clamped to images of (M, 2) height, width; all in pixels."""
+    corners = torch.cat((boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]), dim=1)
+    limits = sizes.flip(1).repeat(1, 2).to(corners.dtype)
+    return torch.minimum(corners.clamp(min=0), limits)
+
+
+def _existing_root(root: str) -> Path:
+    if not root:
+        raise DataError(f"data.root is not set: give the folder of the data set, which holds {LAYOUT}")
+    path = Path(root).expanduser().absolute()
+    if not path.is_dir():
+        raise DataError(f"data.root={root} is not a folder; it should hold {LAYOUT}")
+    return path
+
+
+def _checked_area_ranges(ranges: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, float]]:
+    if missing := [name for name in COCO_AREA_RANGES if name not in ranges]:
+        raise DataError(f"data.area_ranges lacks {missing[0]!r}; it needs {', '.join(COCO_AREA_RANGES)}")
+    for name, bounds in ranges.items():
+        if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1]:
+            raise DataError(f"data.area_ranges.{name} must be [low, high] square pixels, low < high, not {bounds!r}")
+    return {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
+
+
+def _check_same_categories(train: Annotations, val: Annotations) -> None:
+    if train.categories == val.categories:
+        return
+    only = [
+        f"only in {one.path.name}: " + ", ".join(f"{i} {one.categories[i]!r}" for i in ids[:5])
+        for one, other in ((train, val), (val, train))
+        if (ids := [i for i in one.categories if other.categories.get(i) != one.categories[i]])
+    ]
+    raise DataError("training and validation annotations have different categories; " + "; ".join(only))
+
+
+def _whole(entry: Any, key: str, what: str, path: Path) -> int:
+    value = entry.get(key) if isinstance(entry, dict) else None
+    if type(value) is not int:
+        shown = {k: entry[k] for k in list(entry)[:4]} if isinstance(entry, dict) else entry
+        raise DataError(f"{path}: {what} needs a whole number as its {key!r}, not {value!r} (in {shown!r})")
+    return value
+
+
+def _image_size(image: Mapping[str, Any], path: Path) -> tuple[int, int]:
+    what = f"image {image['id']}"
+    height, width = (_whole(image, key, what, path) for key in ("height", "width"))
+    if height < 1 or width < 1:
+        raise DataError(f"{path}: {what} has the impossible size {width}x{height}")
+    return height, width
+
+
+def _file_name(image: Mapping[str, Any], path: Path) -> str:
+    name = image.get("file_name")
+    if not isinstance(name, str) or not name:
+        raise DataError(f"{path}: image {image['id']} has no 'file_name'")
+    return name
+
+
+def _categories(entries: Sequence[Any], path: Path) -> dict[int, str]:
+    for entry in entries:
+        _whole(entry, "id", "a category", path)
+    try:
+        checked = LabelMap.contiguous(entries)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    return {
+        category_id: checked.name(label)
+        for label, category_id in enumerate(checked.category_ids)
+        if category_id is not None
+    }
+
+
+def _image_indices(annotations: Sequence[Any], image_ids: Sequence[int], path: Path) -> np.ndarray:
+    """The index of each annotation's image."""
+    known = {image_id: index for index, image_id in enumerate(image_ids)}
+    indices = np.empty(len(annotations), dtype=np.int64)
+    for at, annotation in enumerate(annotations):
+        try:
+            indices[at] = known[annotation["image_id"]]
+        except (KeyError, TypeError):
+            image_id = _whole(annotation, "image_id", _named(annotation, at), path)
+            raise DataError(
+                f"{path}: {_named(annotation, at)} belongs to image {image_id}, which is not listed"
+            ) from None
+    return indices
+
+
+def _category_ids(annotations: Sequence[Mapping[str, Any]], categories: Mapping[int, str], path: Path) -> Tensor:
+    ids = [annotation.get("category_id") for annotation in annotations]
+    for at, category_id in enumerate(ids):
+        if type(category_id) is not int or category_id not in categories:
+            known = nearest(str(category_id), (str(one) for one in categories))
+            what = _named(annotations[at], at)
+            raise DataError(f"{path}: {what} has the category {category_id!r}, which is not listed; {known}")
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _boxes(annotations: Sequence[Mapping[str, Any]], path: Path) -> Tensor:
+    """(M, 4) float64 x, y, w, h as in the file."""
+    boxes = [annotation.get("bbox") for annotation in annotations]
+    for at, box in enumerate(boxes):
+        numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(one, int | float) for one in box)
+        if not numbers:
+            what = _named(annotations[at], at)
+            raise DataError(f"{path}: {what} needs a 'bbox' of four numbers [x, y, width, height], not {box!r}")
+    values = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4)
+    for at in (~values.isfinite().all(dim=1)).nonzero()[:1, 0].tolist():
+        raise DataError(f"{path}: {_named(annotations[at], at)} has the box {boxes[at]!r}, which is not finite")
+    return values
+
+
+def _check_plausible(xywh: Tensor, sizes: Tensor, annotations: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Refuse boxes that are plainly of another format; a few bad ones are clamped or left out, as officially."""
+    if not len(xywh):
+        return
+    if xywh.max() <= 1 and sizes.min() > 16:
+        raise DataError(
+            f"{path}: all boxes lie between 0 and 1, so they seem to be relative to the image (image "
+            f"{annotations[0]['image_id']}: {annotations[0]['bbox']}); COCO's boxes are [x, y, width, height] in pixels"
+        )
+    if len(xywh) < 10:
+        return
+    if not (xywh[:, 2:] > 0).all(dim=1).any():
+        raise DataError(f"{path}: none of its {len(xywh)} boxes has a width and a height above 0")
+    outside = ((xywh[:, :2] + xywh[:, 2:]) > sizes.flip(1) + 2).any(dim=1)
+    if outside.double().mean() > 0.5:
+        first = annotations[int(outside.nonzero()[0, 0])]
+        raise DataError(
+            f"{path}: {int(outside.sum())} of {len(xywh)} boxes reach out of their image (image {first['image_id']}: "
+            f"{first['bbox']}); COCO's boxes are [x, y, width, height] in pixels, not two corners"
+        )
+
+
+def _area(annotation: Mapping[str, Any]) -> float:
+    return float(annotation["area"]) if "area" in annotation else float(annotation["bbox"][2] * annotation["bbox"][3])
+
+
+def _named(annotation: Any, at: int) -> str:
+    known = isinstance(annotation, dict) and "id" in annotation
+    return f"annotation {annotation['id']}" if known else f"annotation number {at}"

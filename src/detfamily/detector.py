@@ -1,0 +1,89 @@
+"""The detector: one order of blocks for every family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from detfamily.blocks.decoder import Decoder
+from detfamily.blocks.heads import Heads
+from detfamily.blocks.queries import QuerySource
+from detfamily.blocks.tokens import flatten, flatten_maps, resize_mask
+from detfamily.structures import Images, Predictions, Tokens
+
+
+class Detector(nn.Module):
+    """Pixels -> backbone -> neck -> encoder -> queries -> decoder -> heads.
+
+    Args:
+        normalize: from uint8 pixels to the backbone's input.
+        backbone: (B, 3, H, W) -> maps, finest first; its ``channels`` lists theirs.
+        neck: factory called with ``in_channels``; maps -> levels of one width.
+        position: code of position of the levels.
+        level_embed: what tells one level's positions from another's, or an identity.
+        encoder_position: how positions enter the encoder.
+        encoder: tokens -> tokens.
+        memory_position: how positions enter what the decoder reads.
+        query_source: memory -> queries, and what proposals say.
+        decoder: the decoder loop.
+        heads: class and box heads of the decoder layers.
+
+    Raises:
+        ValueError: blocks that contradict each other.
+    """
+
+    def __init__(
+        self,
+        normalize: nn.Module,
+        backbone: nn.Module,
+        neck: Callable[..., nn.Module],
+        position: nn.Module,
+        level_embed: nn.Module,
+        encoder_position: nn.Module,
+        encoder: nn.Module,
+        memory_position: nn.Module,
+        query_source: QuerySource,
+        decoder: Decoder,
+        heads: Heads,
+    ) -> None:
+        super().__init__()
+        self.normalize = normalize
+        self.backbone = backbone
+        self.neck = neck(in_channels=list(backbone.channels))  # type: ignore[arg-type]
+        self.position = position
+        self.level_embed = level_embed
+        self.encoder_position = encoder_position
+        self.encoder = encoder
+        self.memory_position = memory_position
+        self.query_source = query_source
+        self.decoder = decoder
+        self.heads = heads
+
+    def forward(self, images: Images) -> dict[str, Predictions]:
+        """What each group of queries says.
+
+        Args:
+            images: a batch; uint8 pixels are normalised here, float pixels are taken as normalised.
+
+        Returns:
+            "match": all decoder layers, (D, B, N, ...); with two stages also "proposals": all tokens, (1, B, S, ...).
+        """
+        memory = self.encode(images)
+        queries, proposals = self.query_source(memory)
+        hidden, references = self.decoder(queries, memory, self.heads)
+        predictions = {"match": self.heads(hidden, references)}
+        if proposals is not None:
+            predictions["proposals"] = proposals
+        return predictions
+
+    def encode(self, images: Images) -> Tokens:
+        """The memory that the decoder reads."""
+        padded = images.padded
+        maps = self.neck(self.backbone(self.normalize(images.pixels, images.padding_mask if padded else None)))
+        masks = [resize_mask(images.padding_mask, one.shape[-2:]) for one in maps]
+        tokens = flatten_maps(maps, masks, padded)
+        pos: Tensor = flatten(self.level_embed(self.position(masks))).to(tokens.content.dtype)
+        memory = self.encoder(self.encoder_position(tokens, pos))
+        output: Tokens = self.memory_position(memory, pos)
+        return output

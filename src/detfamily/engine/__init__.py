@@ -1,0 +1,1 @@
+"""The one loop: optimiser, schedule, runtime, distributed start-up, checkpoints, evaluation, training."""

@@ -1,0 +1,220 @@
+"""Checkpoints: one file that knows its weights, its config and its labels, written so that none is ever half there.
+
+A file holds tensors and plain containers only, so it is read with ``weights_only=True`` and can run no code. Its keys:
+
+====================  =================================================================================================
+format, version       layout of the file (an integer), version of the package that wrote it
+config                the resolved configuration, plain containers
+template              the same with its interpolations, so that a value changed later reaches all that refer to it
+label_map             ``LabelMap.state_dict()``
+model                 the trained weights
+ema                   {updates, model}: the averaged weights, or None
+optimizer             parameter name -> {exp_avg, exp_avg_sq, step}
+scaler                state of the gradient scaler (empty unless fp16)
+epoch, steps_done     epochs done, and optimiser steps done in the epoch after them
+step, images_seen     both counted from the start of the run; the schedule's position is the step
+plan                  {total_batch_size, steps_per_epoch}: what a step and an epoch are
+meter                 loss sums of the epoch under way
+rng                   random states, one entry per process
+best                  highest AP so far, or None
+metrics               of the last evaluation
+====================  =================================================================================================
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import detfamily
+from detfamily.errors import CheckpointError, nearest
+
+FORMAT = 1
+
+# The nodes of a config that say how a run goes; all others say what the model is.
+RUN_NODES = frozenset(
+    "augmentation checkpoint criterion data evaluation family_name init_from name optimizer output_dir postprocess "
+    "published resume runtime schedule seed tracking".split()
+)
+_NEEDED = ("config", "template", "label_map", "model")
+
+
+class LoadedModel(NamedTuple):
+    """What evaluation and prediction need of a checkpoint.
+
+    Attributes:
+        config: the configuration of the run, plain containers, with its interpolations.
+        label_map: ``LabelMap.state_dict()``.
+        weights: the averaged weights where the run kept them, else the trained ones.
+    """
+
+    config: dict[str, Any]
+    label_map: dict[str, Any]
+    weights: dict[str, Tensor]
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let ``write`` fill a file that appears under ``path`` complete or not at all, also if the power fails.
+
+    Whatever goes wrong, an older file of that name stays as it was.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint.
+
+    Raises:
+        CheckpointError: the file cannot be written (full disk, missing rights); an older one of that name is intact.
+    """
+    content = {"format": FORMAT, "version": detfamily.__version__, **state}
+    try:
+        write_atomically(path, lambda file: torch.save(content, file))
+    except (OSError, RuntimeError) as error:
+        kept = f"; {path.name} of before is intact" if path.exists() else ""
+        raise CheckpointError(f"cannot write the checkpoint {path}: {error}{kept}") from error
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU.
+
+    Raises:
+        CheckpointError: there is none (with those nearby), it is broken, or it is not one of ours.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}; {_nearby(path)}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors and plain containers, so it was not opened: it could run any code. "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    except Exception as error:  # torch reports a broken file through half a dozen types
+        raise CheckpointError(f"{path} is broken or no checkpoint ({error}); {_nearby(path)}") from error
+    missing = [key for key in _NEEDED if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise CheckpointError(f"{path} is not a checkpoint of detfamily: it has no {', '.join(missing)}")
+    if state.get("format", 0) > FORMAT:
+        raise CheckpointError(
+            f"{path} was written by detfamily {state.get('version')}, which is newer than this {detfamily.__version__}"
+        )
+    return state
+
+
+def load_model(path: str | Path) -> LoadedModel:
+    """Read what evaluation and prediction need; errors as in ``load``."""
+    state = load(path)
+    weights = state["ema"]["model"] if state.get("ema") else state["model"]
+    return LoadedModel(state["template"], state["label_map"], weights)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """Put weights into a model that they must fit exactly.
+
+    Raises:
+        CheckpointError: names missing or left over, or shapes that differ, each by name.
+    """
+    own = model.state_dict()
+    troubles = [
+        *_some("missing", [name for name in own if name not in weights]),
+        *_some("not in this model", [name for name in weights if name not in own]),
+        *_some(
+            "of another shape",
+            [
+                f"{name} {tuple(weights[name].shape)}, expected {tuple(own[name].shape)}"
+                for name in own
+                if name in weights and weights[name].shape != own[name].shape
+            ],
+        ),
+    ]
+    if troubles:
+        raise CheckpointError(f"the weights of {source} do not fit the model: " + "; ".join(troubles))
+    model.load_state_dict(dict(weights))
+
+
+def differences(
+    saved: Mapping[str, Any], current: Mapping[str, Any], nodes: Callable[[str], bool] = lambda _: True
+) -> list[str]:
+    """Say setting by setting where two configs differ: "decoder.layers: 6 in the checkpoint, 3 now".
+
+    Args:
+        saved: config of the checkpoint.
+        current: config of this run.
+        nodes: which top-level nodes to compare.
+    """
+    before, now = (
+        dict(_flat({key: value for key, value in one.items() if nodes(str(key))})) for one in (saved, current)
+    )
+    return [
+        f"{key}: {_shown(before, key)} in the checkpoint, {_shown(now, key)} now"
+        for key in sorted({*before, *now})
+        if _shown(before, key) != _shown(now, key)
+    ]
+
+
+def check_same_model(saved: Mapping[str, Any], current: Mapping[str, Any], source: str | Path) -> None:
+    """Refuse to go on from a checkpoint of another model.
+
+    Raises:
+        CheckpointError: with each model setting that differs.
+    """
+    found = differences(saved, current, lambda node: node not in RUN_NODES)
+    if found:
+        raise CheckpointError(f"{source} was trained with another model: " + "; ".join(found))
+
+
+def _flat(node: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    if isinstance(node, Mapping) and node:
+        for key, value in node.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, list(node) if isinstance(node, tuple) else node
+
+
+def _shown(settings: Mapping[str, Any], key: str) -> str:
+    return repr(settings[key]) if key in settings else "absent"
+
+
+def _some(what: str, names: list[str], most: int = 8) -> list[str]:
+    if not names:
+        return []
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return [f"{what}: {', '.join(names[:most])}{rest}"]
+
+
+def _nearby(path: Path) -> str:
+    folders = [folder for folder in (path.parent, path.parent.parent) if folder.is_dir()]
+    found = {str(one) for folder in folders for pattern in ("*.pt", "*/*.pt") for one in folder.glob(pattern)}
+    return (
+        nearest(str(path), found - {str(path)})
+        if found - {str(path)}
+        else f"there is no .pt file in {path.parent} either"
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder cannot be opened, and renaming is durable by itself
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,164 @@
+"""Several processes on one task, started by ``torchrun``: who am I, and what do the others have.
+
+What travels between the processes here are small things of the host (counts, wishes, results); gradients are averaged
+by ``DistributedDataParallel``. With one process every call is free of communication.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from detfamily.errors import ConfigError
+
+Value = TypeVar("Value")
+
+# Long enough for the main process to score a large validation set while the others wait.
+TIMEOUT = timedelta(minutes=60)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, seen from one of them.
+
+    Attributes:
+        rank: number of this process, from 0; 0 is the main one, which prints and writes files.
+        size: number of processes.
+        local_rank: number of this process on its machine, which is its accelerator's number.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def say(self, text: str = "") -> None:
+        """Print, in the main process only."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Let the main process do something (download, generate, cache) before the others find it done."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add up the tensors of all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.SUM)
+        return tensor
+
+    def minimum(self, tensor: Tensor) -> Tensor:
+        """The least of all processes' tensors, element by element, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        return tensor
+
+    def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Everyone's row of host numbers; all rows have one length. The device takes no part."""
+        mine = torch.tensor(numbers, dtype=torch.float64)
+        if self.size == 1:
+            return [mine.tolist()]
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(rows, mine)
+        return [row.tolist() for row in rows]
+
+    def gather_objects(self, value: Value) -> list[Value]:
+        """Everyone's object, in the main process; the others get an empty list."""
+        if self.size == 1:
+            return [value]
+        received: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, received, dst=0)
+        return received or []
+
+    def from_main(self, value: Value) -> Value:
+        """The main process' object, everywhere."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every process the main one's buffers (running statistics drift apart, as each sees other images)."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
+
+@contextmanager
+def join(device_type: str) -> Iterator[World]:
+    """Meet the other processes that ``torchrun`` started, and part from them at the end.
+
+    Args:
+        device_type: ``cpu`` (gloo) or ``cuda`` (nccl for what lies on the devices, gloo for the host).
+
+    Raises:
+        ConfigError: more processes on this machine than it has accelerators.
+    """
+    world = _from_environment()
+    if device_type == "cuda":
+        if world.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {world.local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+                "start torchrun with --nproc-per-node of at most that number"
+            )
+        torch.cuda.set_device(world.local_rank)
+    if world.size == 1 or dist.is_initialized():
+        yield world
+        return
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
+        store=_store(),
+        rank=world.rank,
+        world_size=world.size,
+        timeout=TIMEOUT,
+    )
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
+
+
+def _from_environment() -> World:
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return World()
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return World(rank=rank, size=size, local_rank=int(os.environ.get("LOCAL_RANK", rank)))
+
+
+def _store() -> Any:
+    """The key-value store to meet at.
+
+    An elastic restart finds the store of the attempt before it; a prefix per attempt keeps stale keys out of the way.
+    """
+    agent_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        int(os.environ["WORLD_SIZE"]),
+        is_master=not agent_has_it and os.environ["RANK"] == "0",
+        timeout=TIMEOUT,
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]

@@ -1,0 +1,311 @@
+"""Evaluation: the validation set through a model, a checkpoint on any data set, a results file without a model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from detfamily.build import build_detector, build_postprocess
+from detfamily.config import build, compose, configs_dir, groups, to_container, validate
+from detfamily.data.batches import collate
+from detfamily.data.labels import LabelMap
+from detfamily.data.loader import Loader, validation_loader
+from detfamily.engine.checkpoint import load_model, load_weights, write_atomically
+from detfamily.engine.distributed import World, join
+from detfamily.engine.run import label_words, listing, parameter_words
+from detfamily.engine.runtime import Runtime
+from detfamily.errors import ConfigError
+from detfamily.evaluation.coco_metrics import CocoEvaluator, CocoMetrics
+from detfamily.evaluation.results import evaluate_results, write_results
+from detfamily.structures import Detections, Images, Predictions
+from detfamily.tracking.console import ProgressBar
+from detfamily.visualize.boxes import draw_comparison
+
+Postprocess = Callable[[dict[str, Predictions], Images], list[Detections]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How good a model is on a validation set.
+
+    Attributes:
+        metrics: COCO's numbers.
+        results: COCO's results form of all detections; in the main process.
+        batch_size: images computed at once. It belongs to the AP: padding to a common size changes what these
+            detectors answer.
+    """
+
+    metrics: CocoMetrics
+    results: list[dict[str, Any]]
+    batch_size: int
+
+    def numbers(self) -> dict[str, float]:
+        """The twelve numbers, and "AP/name" of each class that has objects."""
+        per_class = {f"AP/{name}": value for name, value in self.metrics.per_class.items() if value >= 0}
+        return {**self.metrics.stats, **per_class}
+
+    def table(self) -> str:
+        return f"{self.metrics.table()}\n(evaluated in batches of {self.batch_size})"
+
+    def write(self, folder: Path) -> tuple[Path, Path]:
+        """Write COCO's results json and the numbers; return both paths."""
+        results, metrics = folder / "results_val.json", folder / "metrics.json"
+        write_results(results, self.results)
+        write_numbers(metrics, {**self.numbers(), "batch_size": self.batch_size})
+        return results, metrics
+
+
+@torch.inference_mode()
+def detect(model: nn.Module, postprocess: Postprocess, images: Images, runtime: Runtime) -> list[Detections]:
+    """Detections of a batch, in pixels of the original images, on the model's device."""
+    with runtime.autocast():
+        predictions = model(images)
+    found: list[Detections] = postprocess(in_float32(predictions), images)
+    return found
+
+
+def in_float32(predictions: dict[str, Predictions]) -> dict[str, Predictions]:
+    """Predictions as losses and boxes in pixels need them, whatever the model computed in."""
+    return {name: Predictions(one.logits.float(), one.boxes.float()) for name, one in predictions.items()}
+
+
+def evaluate_model(
+    model: nn.Module,
+    loader: Loader,
+    postprocess: Postprocess,
+    evaluator: CocoEvaluator,
+    batch_size: int,
+    runtime: Runtime,
+    world: World,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Evaluate a model on a validation set; each process takes its share of the images.
+
+    Args:
+        model: on its device; it is put into evaluation mode, and back.
+        loader: this process' share.
+        postprocess: predictions -> detections.
+        evaluator: with nothing in it yet.
+        batch_size: the loader's, to be told with the numbers.
+        runtime: says the device and the precision.
+        world: the processes.
+        stopped: asked between batches whether to give up.
+
+    Returns:
+        The evaluation, in every process; None if any process was stopped.
+    """
+    was_training = model.training
+    device = runtime.torch_device(world.local_rank)
+    model.eval()
+    with ProgressBar("evaluating", len(loader), shown=world.is_main) as bar:
+        for batch in loader:
+            if stopped():
+                break
+            images = batch.images.to(device, non_blocking=True)
+            evaluator.update(images.image_ids, detect(model, postprocess, images, runtime))
+            bar.advance()
+    model.train(was_training)
+    if any(row[0] for row in world.gather_numbers([stopped()])):
+        return None
+    shares = world.gather_objects(evaluator.results())
+    for share in shares[1:]:
+        evaluator.extend(share)
+    metrics = world.from_main(evaluator.summarize() if world.is_main else None)
+    assert metrics is not None
+    return Evaluation(metrics, evaluator.results() if world.is_main else [], batch_size)
+
+
+def draw_examples(
+    model: nn.Module,
+    dataset: Any,
+    postprocess: Postprocess,
+    names: dict[int, str],
+    runtime: Runtime,
+    path: Path,
+    count: int,
+    batch_size: int,
+) -> None:
+    """Draw what a model finds in the first images of a data set, beside what is there.
+
+    Args:
+        model: on its device.
+        dataset: gives samples by index, and by ``load`` as they are on disk.
+        postprocess: predictions -> detections.
+        names: label -> class name.
+        runtime: says the device and the precision.
+        path: the PNG.
+        count: number of images.
+        batch_size: images computed at once.
+    """
+    was_training = model.training
+    model.eval()
+    device = runtime.torch_device()
+    stored = [dataset.load(index) for index in range(min(count, len(dataset)))]
+    found: list[Detections] = []
+    for first in range(0, len(stored), batch_size):
+        samples = [dataset[index] for index in range(first, min(first + batch_size, len(stored)))]
+        images = collate(samples).images.to(device)
+        found += [one.cpu() for one in detect(model, postprocess, images, runtime)]
+    model.train(was_training)
+    truths = [(sample.boxes, sample.labels) for sample in stored]
+    draw_comparison([sample.image for sample in stored], truths, found, names, path)
+
+
+def evaluate(overrides: Sequence[str]) -> dict[str, float]:
+    """``detfamily evaluate``: a checkpoint on its own or another data set, or a results file without a model.
+
+    ``checkpoint=PATH`` rebuilds the model from the config and the labels that the checkpoint carries; every further
+    override of ``detfamily train`` is applied on top of that config (``data=coco data.root=...``,
+    ``evaluation.batch_size=1``, ``postprocess.num_select=300``). ``results=PATH data=...`` scores COCO's results json.
+    ``output_dir`` is where ``results_val.json`` and ``metrics.json`` go; by default a new folder beside the checkpoint.
+
+    Returns:
+        The numbers: AP, AP50, ... as fractions, and "AP/name" of each class.
+
+    Raises:
+        ConfigError: neither or both of checkpoint and results, or an override that cannot be applied.
+        CheckpointError: the checkpoint is missing, broken, or does not fit the overridden model.
+        DataError: the data set or the results file is missing or broken.
+    """
+    own, others = split_overrides(overrides, ("checkpoint", "results", "output_dir"))
+    if (own["checkpoint"] is None) == (own["results"] is None):
+        raise ConfigError(
+            "say what to evaluate, one of the two: checkpoint=runs/NAME/best.pt, or results=FILE.json data=..."
+        )
+    if own["results"] is not None:
+        return _evaluate_file(Path(own["results"]), own["output_dir"], others)
+    return _evaluate_checkpoint(Path(own["checkpoint"]), own["output_dir"], others)
+
+
+def _evaluate_checkpoint(path: Path, output_dir: str | None, overrides: Sequence[str]) -> dict[str, float]:
+    loaded = load_model(path)
+    cfg = on_top_of(loaded.config, overrides)
+    validate(cfg)
+    label_map = LabelMap.from_state_dict(loaded.label_map)
+    runtime: Runtime = build(cfg.runtime)
+    runtime.apply()
+    with join(runtime.device_type) as world:
+        with world.main_first():
+            data = build(cfg.data)
+        model = build_detector(cfg, label_map.num_classes, pretrained=False)
+        load_weights(model, loaded.weights, path)
+        model.to(runtime.torch_device(world.local_rank))
+        size = evaluation_batch_size(cfg, world)
+        dataset = data.validation(build(cfg.augmentation.test))
+        rows = [
+            ("checkpoint", str(path)),
+            ("data", data.describe()),
+            ("labels", label_words(label_map.names)),
+            ("model", parameter_words(model)),
+            ("device", runtime.describe(world.size)),
+            ("batch", f"{size} images at once"),
+        ]
+        world.say(f"evaluating {cfg.name}\n{listing(rows)}")
+        evaluation = evaluate_model(
+            model,
+            validation_loader(dataset, size, runtime.num_workers, world.rank, world.size),
+            build_postprocess(cfg),
+            new_evaluator(cfg, data, label_map),
+            size,
+            runtime,
+            world,
+        )
+        assert evaluation is not None
+        if world.is_main:
+            stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+            folder = Path(output_dir) if output_dir else path.parent / f"evaluate-{path.stem}-{stamp}"
+            folder.mkdir(parents=True, exist_ok=True)
+            files = evaluation.write(folder)
+            world.say(f"{evaluation.table()}\nresults in {files[0]}, numbers in {files[1]}")
+        return evaluation.numbers()
+
+
+def _evaluate_file(results: Path, output_dir: str | None, overrides: Sequence[str]) -> dict[str, float]:
+    if not any(one.partition("=")[0] == "data" for one in overrides):
+        raise ConfigError("results=... needs the data set that it is about, e.g. data=coco data.root=/path/to/coco")
+    cfg = compose("train", overrides)
+    data = build(cfg.data)
+    metrics = evaluate_results(data.validation_annotations, results, data.area_ranges, cfg.evaluation.backend)
+    print(f"{results} against {data.validation_annotations}\n{metrics.table()}")
+    numbers = {**metrics.stats, **{f"AP/{name}": value for name, value in metrics.per_class.items() if value >= 0}}
+    if output_dir:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        write_numbers(Path(output_dir) / "metrics.json", numbers)
+    return numbers
+
+
+def new_evaluator(cfg: DictConfig, data: Any, label_map: LabelMap) -> CocoEvaluator:
+    """An empty evaluator of a data set, for a model that knows these labels."""
+    return CocoEvaluator(data.validation_annotations, label_map, data.area_ranges, cfg.evaluation.backend)
+
+
+def evaluation_batch_size(cfg: DictConfig, world: World) -> int:
+    """Images that a process evaluates at once: the setting, else as many as it trains on at once."""
+    given = cfg.evaluation.batch_size or cfg.runtime.batch_size_per_device
+    size = int(given or max(1, cfg.schedule.total_batch_size // world.size))
+    if size < 1:
+        raise ConfigError(f"evaluation.batch_size is {size}; expected 1 or more, or null for as in training")
+    return size
+
+
+def split_overrides(overrides: Sequence[str], own: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Tell a command's own fields from the overrides of the config that it works on.
+
+    Returns:
+        the own fields, parsed, None where not given; the other overrides.
+    """
+    mine = [one for one in overrides if one.partition("=")[0] in own]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "own.yaml").write_text("".join(f"{name}: null\n" for name in own), encoding="utf-8")
+        parsed = to_container(compose("own", mine, configs=Path(folder)))
+    return parsed, [one for one in overrides if one not in mine]
+
+
+def on_top_of(stored: dict[str, Any], overrides: Sequence[str]) -> DictConfig:
+    """Apply overrides to a stored config, as if it had been composed just now.
+
+    ``group=choice`` takes the node of that name from the config files in place of the stored one; ``field=value``
+    changes the stored node, or the newly chosen one.
+
+    Args:
+        stored: a checkpoint's config, plain containers with their interpolations.
+        overrides: as for ``detfamily train``.
+
+    Raises:
+        ConfigError: an unknown group, choice or field, with the nearest names.
+    """
+    registry = [group for group in groups() if "/" not in group]
+    chosen = {one.partition("=")[0].lstrip("~+") for one in overrides} & set(registry)
+    if presets := sorted(chosen & {"family", "experiment"}):
+        raise ConfigError(
+            f"{presets[0]}=... would change the model, which the checkpoint has settled; override single nodes instead"
+        )
+    body = {key: value for key, value in stored.items() if key not in chosen}
+    # The stored config plays the primary config in a copy of the config folder, so that every rule of composition
+    # and every message is that of training.
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(configs_dir(), folder, dirs_exist_ok=True)
+        defaults: list[Any] = ["_self_", *({group: None} for group in sorted(chosen))]
+        text = yaml.safe_dump({"defaults": defaults, **body}, sort_keys=False)
+        (Path(folder) / "stored.yaml").write_text(text, encoding="utf-8")
+        cfg = compose("stored", overrides, configs=Path(folder))
+    assert isinstance(cfg, DictConfig)
+    OmegaConf.set_struct(cfg, True)
+    return cfg
+
+
+def write_numbers(path: Path, numbers: dict[str, float]) -> None:
+    """Write numbers as json."""
+    text = json.dumps(numbers, indent=2)
+    write_atomically(path, lambda file: file.write((text + "\n").encode()))

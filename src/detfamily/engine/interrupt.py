@@ -1,0 +1,60 @@
+"""Ctrl-C and SIGTERM as a wish that the loop grants between two steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interruption:
+    """While it is entered, the first signal is only remembered; the second one acts at once, as it would have.
+
+    Attributes:
+        signal: number of the signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+        self._process = os.getpid()
+
+    @property
+    def wanted(self) -> bool:
+        return self.signal is not None
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a process that a signal ended."""
+        return 128 + (self.signal or signal.SIGTERM)
+
+    def __enter__(self) -> Interruption:
+        # Python hands signals to the main thread only, and lets only that one ask for them.
+        if threading.current_thread() is threading.main_thread():
+            self._before = {one: signal.signal(one, self._remember) for one in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            # A forked reading worker inherits the handler. A terminal sends Ctrl-C to it too, and the step that is to
+            # be finished needs its images; any other signal is meant for it alone.
+            if number != signal.SIGINT:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        self.signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

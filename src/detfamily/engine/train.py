@@ -1,0 +1,496 @@
+"""The training loop, for every family.
+
+From top to bottom: ``train`` sets a run up, ``Trainer.train`` goes through the epochs, ``train_epoch`` through the
+steps, ``train_step`` through the micro-batches of one optimiser step.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from detfamily.build import build_criterion, build_detector, build_postprocess, with_num_classes
+from detfamily.config import build, to_container, validate
+from detfamily.criterion import Losses, Normalizer
+from detfamily.data.loader import train_loader, validation_loader
+from detfamily.engine import checkpoint
+from detfamily.engine.distributed import World, join
+from detfamily.engine.evaluate import (
+    Evaluation,
+    draw_examples,
+    evaluate_model,
+    evaluation_batch_size,
+    in_float32,
+    new_evaluator,
+)
+from detfamily.engine.interrupt import Interruption
+from detfamily.engine.meter import LossMeter
+from detfamily.engine.optim import (
+    AdamW,
+    Ema,
+    FiniteGuard,
+    clip_gradients,
+    gated_step,
+    load_moments,
+    moments,
+    set_lr,
+)
+from detfamily.engine.run import (
+    BEST,
+    LAST,
+    check_plan,
+    concerns,
+    find_start,
+    label_words,
+    listing,
+    parameter_words,
+    write_config,
+)
+from detfamily.engine.runtime import Runtime, plan, rng_state, seed_all, set_rng_state
+from detfamily.engine.schedule import Schedule
+from detfamily.errors import CheckpointError, ConfigError, NonFiniteError
+from detfamily.structures import Batch, Predictions
+from detfamily.tracking.console import ProgressBar
+from detfamily.tracking.files import EPOCHS, read_rows
+from detfamily.tracking.tracker import RunInfo, Tracker, Trackers
+from detfamily.visualize.curves import plot_curves
+
+
+def train(cfg: DictConfig) -> dict[str, float]:
+    """Train a detector, evaluate it after each epoch, and leave all results in the run folder.
+
+    Under ``torchrun`` every process calls this, and the total batch is shared among them.
+
+    Args:
+        cfg: composed from ``train.yaml``.
+
+    Returns:
+        The numbers of the last epoch: AP, AP50, ... as fractions, loss, images_seen, ...
+
+    Raises:
+        ConfigError, DataError, CheckpointError: something is wrong with what was asked for; before any work.
+        NonFiniteError: a loss or gradient was not finite, and ``runtime.on_non_finite`` is ``stop``.
+        SystemExit: after Ctrl-C or SIGTERM; ``last.pt`` holds the state after the last finished step.
+    """
+    validate(cfg)
+    runtime: Runtime = build(cfg.runtime)
+    runtime.apply()
+    with join(runtime.device_type) as world, Interruption() as interruption:
+        return Trainer(cfg, runtime, world, interruption).train()
+
+
+class Trainer:
+    """One training run, in one process of possibly several.
+
+    Args:
+        cfg: composed from ``train.yaml`` and validated.
+        runtime: built from it, and applied.
+        world: the processes.
+        interruption: what a signal wishes.
+    """
+
+    def __init__(self, cfg: DictConfig, runtime: Runtime, world: World, interruption: Interruption) -> None:
+        self.cfg, self.runtime, self.world, self.interruption = cfg, runtime, world, interruption
+        self.device = runtime.torch_device(world.local_rank)
+        self.start = find_start(cfg, world)
+        state = checkpoint.load(self.start.checkpoint) if self.start.checkpoint else None
+        self.schedule: Schedule = build(cfg.schedule)
+        self.recipe: AdamW = build(cfg.optimizer)
+        _check_settings(cfg)
+
+        with world.main_first():
+            self.data = build(cfg.data)
+        self.train_set = self.data.train(build(cfg.augmentation.train))
+        self.val_set = self.data.validation(build(cfg.augmentation.test))
+        self.plan = plan(self.schedule, runtime, world.size, len(self.train_set))
+        self.config = to_container(with_num_classes(cfg, self.data.label_map.num_classes))
+
+        seed_all(cfg.seed)
+        self.detector = self._build_detector(state).to(self.device)
+        self.criterion = build_criterion(cfg).to(self.device)
+        self.postprocess = build_postprocess(cfg)
+        self.optimizer = self.recipe.build(self.detector)
+        self.ema = None if self.recipe.ema_decay is None else Ema(self.detector, self.recipe.ema_decay)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=runtime.precision == "fp16")
+        self.guard = FiniteGuard(skip=runtime.on_non_finite == "skip", scaled=runtime.precision == "fp16")
+        self.meter = LossMeter(world)
+        if runtime.compile:
+            self.detector.compile()
+        self.model = self._spread(self.detector)
+        # From here on the processes draw different numbers (dropout, noise); their weights are the main one's.
+        seed_all(cfg.seed + world.rank)
+
+        self.train_loader = train_loader(
+            self.train_set,
+            self.plan.batch_size_per_device,
+            runtime.num_workers,
+            cfg.seed,
+            self.plan.images_per_epoch,
+            world.rank,
+            world.size,
+        )
+        self.val_batch_size = evaluation_batch_size(cfg, world)
+        self.val_loader = validation_loader(
+            self.val_set, self.val_batch_size, runtime.num_workers, world.rank, world.size
+        )
+        self.trackers = Trackers(_trackers(cfg) if world.is_main else [])
+
+        self.epoch, self.steps_done = 0, 0
+        self.best: float | None = None
+        self.evaluation: Evaluation | None = None
+        if state is not None:
+            self.load_state_dict(state)
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps since the start of the run."""
+        return self.epoch * self.plan.steps_per_epoch + self.steps_done
+
+    @property
+    def images_seen(self) -> int:
+        return self.step * self.plan.total_batch_size
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, float]:
+        """All epochs, from where the run stands."""
+        self.announce()
+        numbers: dict[str, float] = {}
+        try:
+            while self.epoch < self.plan.epochs:
+                started = time.perf_counter()
+                numbers = self.train_epoch()
+                if (self.epoch + 1) % self.cfg.evaluation.every == 0 or self.epoch + 1 == self.plan.epochs:
+                    numbers |= self.evaluate()
+                self.epoch, self.steps_done = self.epoch + 1, 0
+                self.meter.reset()
+                numbers["seconds_left"] = (time.perf_counter() - started) * (self.plan.epochs - self.epoch)
+                self.trackers.log_epoch(numbers, self.epoch, self.step)
+                self.keep(numbers.get("AP"))
+            return self.finish(numbers)
+        finally:
+            self.trackers.finish()
+
+    def train_epoch(self) -> dict[str, float]:
+        """The steps of an epoch that are still to do; returns its training numbers."""
+        self.model.train()
+        self.train_loader.set_position(self.epoch, self.steps_done * self.plan.total_batch_size)
+        batches = iter(self.train_loader)
+        started, first = time.perf_counter(), self.steps_done
+        steps, label = self.plan.steps_per_epoch, f"epoch {self.epoch + 1}/{self.plan.epochs}"
+        with ProgressBar(label, steps - first, shown=self.world.is_main) as bar:
+            while self.steps_done < steps:
+                self.train_step(list(islice(batches, self.plan.accumulation)))
+                self.steps_done += 1
+                bar.advance(self.log_step())
+                if self.stop_wanted and self.steps_done < steps:
+                    self.leave()
+        self.meter.read()
+        self.guard.look()
+        seconds = time.perf_counter() - started
+        numbers = {**self.meter.epoch(), "lr": self.recipe.lr * self.factor(self.step - 1), "seconds": seconds}
+        numbers["images_seen"] = self.images_seen
+        if steps > first:
+            numbers["images_per_second"] = (steps - first) * self.plan.total_batch_size / seconds
+        if self.device.type == "cuda":
+            numbers["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return numbers
+
+    def train_step(self, batches: list[Batch]) -> None:
+        """One optimiser step from all its micro-batches."""
+        normalizer = self.normalizer(batches)
+        total: Tensor | None = None
+        for index, batch in enumerate(batches):
+            with self.averaging_gradients(index == len(batches) - 1):
+                losses = self.forward(
+                    batch.to(self.device, non_blocking=True), normalizer, self.guard.flags if index == 0 else None
+                )
+                self.scaler.scale(losses.total).backward()
+            if index == 0:
+                self.guard.look(losses.ride)
+            total = losses.total.detach() if total is None else total + losses.total.detach()
+            self.meter.add(losses.parts)
+        assert total is not None
+        self.check_reached()
+        norm = self.update(total, [one for batch in batches for one in batch.images.image_ids])
+        self.meter.add({"loss": total, "gradient_norm": norm})
+        self.meter.step_done()
+
+    def forward(self, batch: Batch, normalizer: Normalizer, ride: Tensor | None) -> Losses:
+        """The losses of a micro-batch: the model in the chosen precision, the criterion in float32."""
+        with self.runtime.autocast():
+            predictions = in_float32(self.model(batch.images))
+        try:
+            losses: Losses = self.criterion(predictions, batch.targets, normalizer, ride)
+            return losses
+        except NonFiniteError as error:
+            if not self.guard.skip:
+                raise
+            print(f"step {self.step + 1}: {error}; the update is left out", flush=True)
+            return Losses(_poisoned(predictions), {}, {})
+
+    def update(self, total: Tensor, image_ids: list[int]) -> Tensor:
+        """Clip, and move the weights unless something is not finite; returns the gradients' norm."""
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients(self.detector.parameters(), self.recipe.clip_norm)
+        finite = self.guard.board(total, norm, self.world, self.step + 1, image_ids)
+        set_lr(self.optimizer, self.factor(self.step))
+        gated_step(self.optimizer, finite)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.detector)
+        return norm
+
+    def normalizer(self, batches: list[Batch]) -> Normalizer:
+        """The object counts of all images of this step, over all processes; the wish to stop travels with them.
+
+        They travel between the hosts, so that the device need not wait, and every process stops after the same step.
+        """
+        counts = [count for batch in batches for count in batch.targets.counts]
+        rows = self.world.gather_numbers([*counts, float(self.interruption.wanted)])
+        self.stop_wanted = any(row[-1] for row in rows)
+        everyone = torch.tensor([count for row in rows for count in row[:-1]], dtype=torch.float32)
+        return Normalizer(everyone.to(self.device, non_blocking=True), self.world.size)
+
+    def averaging_gradients(self, last: bool) -> AbstractContextManager[Any]:
+        """Let the processes average their gradients in the last backward of a step only."""
+        if isinstance(self.model, DistributedDataParallel) and not last:
+            return self.model.no_sync()
+        return nullcontext()
+
+    def factor(self, step: int) -> float:
+        return self.schedule.factor(step, self.plan.steps_per_epoch, self.plan.total_steps)
+
+    def check_reached(self) -> None:
+        """After the first backward: every parameter that is to be trained must have got a gradient."""
+        if self.step > 0:
+            return
+        idle = [name for name, one in self.detector.named_parameters() if one.requires_grad and one.grad is None]
+        if not idle:
+            return
+        words = f"no loss reaches {len(idle)} trainable parameters ({', '.join(idle[:4])}{', ...' * (len(idle) > 4)})"
+        if self.world.size > 1:
+            raise ConfigError(f"{words}; several processes need a gradient for each: freeze them or take them away")
+        self.world.say(f"warning: {words}; they stay as they are")
+
+    # -- evaluation and reports ---------------------------------------------------------------------------------------
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate the averaged weights where there are some, else the trained ones."""
+        self.world.share_buffers(self.detector)
+        self.evaluation = evaluate_model(
+            self.evaluated,
+            self.val_loader,
+            self.postprocess,
+            new_evaluator(self.cfg, self.data, self.data.label_map),
+            self.val_batch_size,
+            self.runtime,
+            self.world,
+            stopped=lambda: self.interruption.wanted,
+        )
+        if self.evaluation is None:
+            self.leave()
+        assert self.evaluation is not None
+        return self.evaluation.numbers()
+
+    @property
+    def evaluated(self) -> nn.Module:
+        return self.detector if self.ema is None else self.ema.model
+
+    def announce(self) -> None:
+        """Make the run folder, and say what is going to be done."""
+        if self.world.is_main:
+            self.start.folder.mkdir(parents=True, exist_ok=True)
+            write_config(self.start.folder, self.config)
+        resumed_at = self.step if self.start.resumed else None
+        self.trackers.start(RunInfo(str(self.cfg.name), self.start.folder, self.config, self.plan.epochs, resumed_at))
+        chosen = self.plan
+        rows = [
+            ("data", self.data.describe()),
+            ("labels", label_words(self.data.label_map.names)),
+            ("model", parameter_words(self.detector)),
+            ("device", self.runtime.describe(self.world.size)),
+            ("batch", chosen.describe_batch()),
+            (
+                "length",
+                f"{chosen.epochs} epochs x {chosen.steps_per_epoch} steps = {chosen.total_steps} steps, "
+                f"{chosen.total_images} images",
+            ),
+            ("optimizer", self.recipe.describe(self.detector)),
+            ("schedule", self.schedule.describe(chosen.total_steps)),
+            ("run folder", str(self.start.folder)),
+        ]
+        if self.start.checkpoint is not None:
+            rows.append(("resumed", f"{self.start.checkpoint}, after step {self.step}, {self.images_seen} images"))
+        self.world.say(f"training {self.cfg.name}\n{listing(rows)}")
+        for concern in concerns(int(self.cfg.model.num_queries), self.train_set.max_objects, chosen.total_steps):
+            self.world.say(f"warning: {concern}")
+
+    def log_step(self) -> str | None:
+        """Look at the loss every ``tracking.log_every`` steps; returns words for the progress bar."""
+        if self.step % self.cfg.tracking.log_every:
+            return None
+        numbers = self.meter.read()
+        lr = self.recipe.lr * self.factor(self.step - 1)
+        self.trackers.log_step({**numbers, "lr": lr, "images_seen": self.images_seen}, self.step)
+        return f"loss {numbers.get('loss', float('nan')):.3f}"
+
+    def finish(self, numbers: dict[str, float]) -> dict[str, float]:
+        """Write and show the final results."""
+        if self.evaluation is None:  # resumed where nothing was left to train
+            numbers = {**numbers, **self.evaluate()}
+        assert self.evaluation is not None
+        if not self.world.is_main:
+            return numbers
+        folder = self.start.folder
+        self.evaluation.write(folder)
+        self.world.say(self.evaluation.table())
+        if history := read_rows(folder / EPOCHS):
+            plot_curves(history, folder / "curves.png")
+            self.trackers.log_image("curves", folder / "curves.png", self.step)
+        if self.cfg.evaluation.pictures:
+            names = dict(enumerate(self.data.label_map.name(i) for i in range(self.data.label_map.num_classes)))
+            path = folder / "predictions.png"
+            draw_examples(
+                self.evaluated,
+                self.val_set,
+                self.postprocess,
+                names,
+                self.runtime,
+                path,
+                self.cfg.evaluation.pictures,
+                self.val_batch_size,
+            )
+            self.trackers.log_image("predictions", path, self.step)
+        best = "" if self.best is None else f" (best AP {100 * self.best:.1f}: {folder / BEST})"
+        self.world.say(f"results     {folder}{best}")
+        return numbers
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def keep(self, ap: float | None) -> None:
+        """Write the checkpoints that are due after an epoch."""
+        better = ap is not None and (self.best is None or ap > self.best)
+        self.best = ap if better else self.best
+        names = [LAST] + [BEST] * better
+        if self.cfg.checkpoint.every and self.epoch % self.cfg.checkpoint.every == 0:
+            names.append(f"epoch_{self.epoch:04}.pt")
+        self.save(names)
+
+    def save(self, names: list[str]) -> None:
+        """Write the present state under these names; a call of all processes."""
+        state = self.state_dict()
+        if self.world.is_main:
+            for name in names:
+                checkpoint.save(self.start.folder / name, state)
+        self.world.barrier()
+
+    def leave(self) -> None:
+        """Save after the last finished step, and end the process as its signal asks."""
+        self.meter.read()
+        self.guard.look()
+        self.save([LAST])
+        self.world.say(
+            f"stopped after step {self.step} of {self.plan.total_steps}; go on with "
+            f"resume=auto output_dir={self.start.folder}"
+        )
+        raise SystemExit(self.interruption.exit_code)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on; see ``checkpoint`` for the layout."""
+        return {
+            "config": self.config,
+            "template": OmegaConf.to_container(self.cfg, resolve=False),
+            "label_map": self.data.label_map.state_dict(),
+            "model": self.detector.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": moments(self.detector, self.optimizer),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "steps_done": self.steps_done,
+            "step": self.step,
+            "images_seen": self.images_seen,
+            "plan": self._shape_of_plan(),
+            "meter": self.meter.state_dict(),
+            "rng": self.world.gather_objects(rng_state()),
+            "best": self.best,
+            "metrics": None if self.evaluation is None else self.evaluation.numbers(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint; the weights are in the model already.
+
+        Raises:
+            CheckpointError: it belongs to another plan.
+        """
+        assert self.start.checkpoint is not None
+        check_plan(state, self._shape_of_plan(), self.start.checkpoint)
+        load_moments(self.detector, self.optimizer, state["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"] or {"updates": 0, "model": state["model"]})
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.steps_done, self.best = state["epoch"], state["steps_done"], state["best"]
+        self.meter.load_state_dict(state["meter"])
+        changed = checkpoint.differences(state["config"], self.config, lambda node: node in checkpoint.RUN_NODES)
+        for words in changed:
+            if not words.startswith(("output_dir", "resume", "init_from", "name")):
+                self.world.say(f"resumed with another setting: {words}")
+        if len(state["rng"]) == self.world.size:
+            set_rng_state(state["rng"][self.world.rank])
+        else:
+            self.world.say(
+                f"resumed with {self.world.size} processes instead of {len(state['rng'])}: random numbers start anew"
+            )
+
+    def _build_detector(self, state: dict[str, Any] | None) -> nn.Module:
+        """The model with the weights that it starts from: a checkpoint's, or what its backbone was pretrained to."""
+        source = self.start.checkpoint or self.cfg.init_from
+        detector = build_detector(self.cfg, self.data.label_map.num_classes, pretrained=source is None)
+        if state is not None:
+            checkpoint.check_same_model(state["config"], self.config, source)
+            if state["label_map"] != self.data.label_map.state_dict():
+                raise CheckpointError(f"{source} was trained on other classes than the data set has now")
+            checkpoint.load_weights(detector, state["model"], source)
+        elif source is not None:
+            checkpoint.load_weights(detector, checkpoint.load_model(source).weights, source)
+        return detector
+
+    def _spread(self, model: nn.Module) -> nn.Module:
+        if self.world.size == 1:
+            return model
+        # Buffers are shared before evaluations instead of before each forward: those of frozen norms never change.
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def _shape_of_plan(self) -> dict[str, int]:
+        return {"total_batch_size": self.plan.total_batch_size, "steps_per_epoch": self.plan.steps_per_epoch}
+
+
+def _trackers(cfg: DictConfig) -> list[Tracker]:
+    nodes = [node for node in cfg.tracking.values() if isinstance(node, DictConfig) and "_target_" in node]
+    return [build(node) for node in nodes]
+
+
+def _poisoned(predictions: dict[str, Predictions]) -> Tensor:
+    """A loss that makes every gradient NaN, so that all processes see that this step must not count."""
+    total = sum((one.logits.sum() + one.boxes.sum() for one in predictions.values()), torch.zeros(()))
+    return total * float("nan")
+
+
+def _check_settings(cfg: DictConfig) -> None:
+    for key, value, least in (
+        ("evaluation.every", cfg.evaluation.every, 1),
+        ("evaluation.pictures", cfg.evaluation.pictures, 0),
+        ("checkpoint.every", cfg.checkpoint.every or 1, 1),
+        ("tracking.log_every", cfg.tracking.log_every, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"{key} is {value}; expected at least {least}")

@@ -1,0 +1,45 @@
+"""Errors that a user can act on, and the search for what they may have meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DetfamilyError(Exception):
+    """Base of all errors that say what to do; the command line prints them without a traceback."""
+
+
+class ConfigError(DetfamilyError, ValueError):
+    """A group, choice, field or value that does not exist, has the wrong type, or contradicts another."""
+
+
+class DataError(DetfamilyError, ValueError):
+    """A data set that is missing, broken, or not what its annotations say."""
+
+
+class CheckpointError(DetfamilyError, RuntimeError):
+    """A checkpoint that cannot be read, or does not fit the model."""
+
+
+class NonFiniteError(DetfamilyError, FloatingPointError):
+    """NaN or infinity where training needs a number; names the tensor and the images."""
+
+
+def nearest(word: str, options: Iterable[str], most: int = 3) -> str:
+    """Say which of the options the word may have meant: "did you mean 'a' or 'b'?", else the list of all options.
+
+    Args:
+        word: what was given.
+        options: the valid names.
+        most: how many near names to show at the most.
+    """
+    names = sorted({str(option) for option in options})
+    if not names:
+        return "there is nothing to choose from"
+    close = difflib.get_close_matches(word, names, n=most, cutoff=0.6)
+    if close:
+        return "did you mean " + " or ".join(repr(name) for name in close) + "?"
+    shown = names[:20]
+    rest = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return "valid names: " + ", ".join(shown) + rest

@@ -1,0 +1,35 @@
+"""Multi-scale deformable attention in plain PyTorch: runs everywhere, and is what other backends are checked against."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from detfamily.structures import Size
+
+
+def ms_deform_attn_reference(
+    value: Tensor, spatial_shapes: tuple[Size, ...], sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """See ``ms_deform_attn``; one bilinear ``grid_sample`` per level, with the heads folded into the batch."""
+    batch, _, heads, width = value.shape
+    queries, points = sampling_locations.shape[1], sampling_locations.shape[4]
+    # grid_sample counts from -1 to 1, and wants one sampling grid per image: (B * M, Q, P, 2) for each level
+    grids = (2 * sampling_locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)
+    weights = attention_weights.permute(3, 0, 2, 1, 4).flatten(1, 2)[:, :, None]
+    maps = value.permute(0, 2, 3, 1).flatten(0, 1).split([h * w for h, w in spatial_shapes], dim=-1)
+    output: Tensor | None = None
+    for level, (h, w) in enumerate(spatial_shapes):
+        sampled = F.grid_sample(
+            maps[level].reshape(batch * heads, width, h, w),
+            grids[level].to(value.dtype),
+            mode="bilinear",
+            padding_mode="zeros",
+            align_corners=False,
+        )
+        summed = (sampled * weights[level]).sum(-1)
+        output = summed if output is None else output + summed
+    if output is None:
+        raise ValueError("spatial_shapes is empty; expected at least one level")
+    return output.view(batch, heads * width, queries).transpose(1, 2).contiguous().to(torch.result_type(value, weights))

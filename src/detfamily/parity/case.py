@@ -1,0 +1,124 @@
+"""A golden case on disk: what the official code was given, and what it gave."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from detfamily.errors import DataError
+
+MUST_COMPARE = frozenset({"output", "loss", "match", "detections", "gradient", "training", "pixels"})
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case.
+
+    Attributes:
+        folder: where it lies; its parent's name is the family.
+        info: ``case.json``.
+        io: inputs and results by key; empty where the case stores them otherwise.
+        weights: the official state dict; empty where the case has no model.
+    """
+
+    folder: Path
+    info: dict[str, Any]
+    io: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+    @property
+    def family(self) -> str:
+        return self.folder.parent.name
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}/{self.folder.name}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights: float32, or float64 in exact cases."""
+        return next((w.dtype for w in self.weights.values() if w.is_floating_point()), torch.float32)
+
+    def sub_cases(self) -> list[str]:
+        """Prefixes under which losses or matches of other targets on the same model are stored; "" is the case."""
+        found = {match[1] for key in self.io if (match := re.match(r"(.*?)(loss|match)\.", key))}
+        return sorted(found)
+
+    @classmethod
+    def load(cls, folder: Path) -> Case:
+        """Read a case.
+
+        Raises:
+            DataError: the folder has no readable ``case.json``.
+        """
+        try:
+            info = json.loads((folder / "case.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise DataError(f"{folder} is not a golden case: {error}") from error
+        io = load_file(folder / "io.safetensors") if (folder / "io.safetensors").is_file() else {}
+        return cls(folder.resolve(), info, io, _weights(folder))
+
+
+def find_cases(folder: Path) -> list[Path]:
+    """The folders of all cases at or below a folder: a case, a family, or a folder of families.
+
+    Raises:
+        DataError: there is none.
+    """
+    found = sorted(path.parent for path in folder.rglob("case.json"))
+    if not found:
+        raise DataError(f"no golden case (a folder with a case.json) at or below {folder}")
+    return found
+
+
+def role_of(key: str, folder: Path) -> str:
+    """What a stored tensor is, by the rules of the nearest ``roles.json`` at or above the folder: the first that fits.
+
+    Raises:
+        DataError: no rule fits, or there are no rules.
+    """
+    for pattern, role in _rules(folder):
+        if re.search(pattern, key):
+            return str(role)
+    raise DataError(f"roles.json has no rule for {key!r}")
+
+
+@cache
+def _rules(folder: Path) -> list[tuple[str, str]]:
+    for place in (folder, *folder.parents):
+        if (place / "roles.json").is_file():
+            return [(p, r) for p, r in json.loads((place / "roles.json").read_text(encoding="utf-8"))["rules"]]
+    raise DataError(f"no roles.json at or above {folder}: it says which tensors must be compared")
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    if (folder / "weights.safetensors").is_file():
+        return load_file(folder / "weights.safetensors")
+    formula = folder / "weights_formula.json"
+    if not formula.is_file():
+        return {}
+    tensors = json.loads(formula.read_text(encoding="utf-8"))["tensors"]
+    return {name: _from_formula(spec) for name, spec in tensors.items()}
+
+
+def _from_formula(spec: dict[str, Any]) -> Tensor:
+    """Weights that are not stored but hashed from their index; the formula stands in the file."""
+    count = int(np.prod(spec["shape"]))
+    x = (np.arange(count, dtype=np.uint64) + np.uint64(spec["k"]) * np.uint64(0x9E3779B9)).astype(np.uint32)
+    x ^= x >> np.uint32(16)
+    x = x * np.uint32(0x7FEB352D)
+    x ^= x >> np.uint32(15)
+    x = x * np.uint32(0x846CA68B)
+    x ^= x >> np.uint32(16)
+    offset = np.asarray(spec["offset"], dtype=np.float64)
+    values = offset + float(spec["scale"]) * (x.astype(np.float64) / 2.0**31 - 1)
+    return torch.from_numpy(values.astype(np.float32)).reshape(spec["shape"])

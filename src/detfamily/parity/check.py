@@ -1,0 +1,138 @@
+"""Runs golden cases, and judges every stored result: equal, different, or not compared."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from detfamily.errors import ConfigError, DataError, nearest
+from detfamily.parity import families
+from detfamily.parity.case import MUST_COMPARE, Case, find_cases, role_of
+from detfamily.parity.compare import detections_ratio, error_ratio
+
+
+@dataclass
+class Verdict:
+    """What became of one case.
+
+    Attributes:
+        name: family/case.
+        compared: results held against ours.
+        missing: results that our side did not compute: a failure.
+        ignored: number of stored tensors by the role for which they need no comparison.
+        worst: the largest error as a multiple of its limit, and its key.
+        failed: keys beyond their limit.
+        error: why the case could not be run at all.
+    """
+
+    name: str
+    compared: int = 0
+    missing: list[str] = field(default_factory=list)
+    ignored: dict[str, int] = field(default_factory=dict)
+    worst: tuple[float, str] = (0.0, "")
+    failed: list[str] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Everything that must be compared was, at least one thing, and nothing is beyond its limit."""
+        return not (self.error or self.missing or self.failed) and self.compared > 0
+
+    def take(self, key: str, ratio: float) -> None:
+        self.compared += 1
+        if not ratio <= self.worst[0]:
+            self.worst = (ratio, key)
+        if not ratio <= 1:
+            self.failed.append(key)
+
+
+def check(folders: Sequence[Path]) -> list[Verdict]:
+    """Run every case at or below the folders, on one thread, where the official code is reproducible.
+
+    Raises:
+        DataError: a folder holds no case.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [_judge(path) for folder in folders for path in find_cases(folder)]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def report(verdicts: Sequence[Verdict], console: Console) -> bool:
+    """Print the table; whether all cases passed."""
+    table = Table(title="golden cases", caption="errors are multiples of their limit: up to 1 passes")
+    for column in ("case", "compared", "not compared, and why", "worst error", "where", ""):
+        table.add_column(column, overflow="fold")
+    for one in verdicts:
+        why = ", ".join(f"{count} {role}" for role, count in sorted(one.ignored.items()))
+        table.add_row(
+            one.name, str(one.compared), why, f"{one.worst[0]:.3f}", one.worst[1], "ok" if one.passed else "FAILED"
+        )
+    console.print(table)
+    for one in verdicts:
+        if one.error:
+            console.print(f"{one.name}: {one.error}", markup=False)
+        if one.missing:
+            console.print(f"{one.name}: {len(one.missing)} results not computed: {', '.join(one.missing[:8])}", markup=False)
+        if one.failed:
+            console.print(f"{one.name}: {len(one.failed)} beyond the limit: {', '.join(one.failed[:8])}", markup=False)
+        if not one.compared and not one.error:
+            console.print(f"{one.name}: nothing to compare", markup=False)
+    return bool(verdicts) and all(one.passed for one in verdicts)
+
+
+def _judge(folder: Path) -> Verdict:
+    verdict = Verdict(f"{folder.resolve().parent.name}/{folder.name}")
+    try:
+        case = Case.load(folder)
+        family = _family(case.family)
+        ours: dict[str, Tensor] = family.results(case)
+        beside: dict[str, Tensor] = family.expected(case) if hasattr(family, "expected") else {}
+        expected = {key: (value, role_of(key, case.folder)) for key, value in case.io.items()}
+    except (DataError, ConfigError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        verdict.error = f"{type(error).__name__}: {error}"
+        return verdict
+    expected |= {key: (value, "output") for key, value in beside.items()}
+    for key, (value, role) in expected.items():
+        _compare(verdict, key, value, role, {k: v for k, (v, _) in expected.items()} if role == "detections" else {}, ours)
+    return verdict
+
+
+def _compare(
+    verdict: Verdict, key: str, value: Tensor, role: str, everything: dict[str, Tensor], ours: dict[str, Tensor]
+) -> None:
+    if role not in MUST_COMPARE:
+        verdict.ignored[role] = verdict.ignored.get(role, 0) + 1
+    elif key not in ours:
+        verdict.missing.append(key)
+    elif role == "detections":
+        image, _, part = key.rpartition(".")
+        names = ("scores", "labels", "boxes")
+        if not all(f"{image}.{name}" in side for name in names for side in (everything, ours)):
+            verdict.missing.append(key)
+            return
+        ratio, where = detections_ratio(
+            {name: everything[f"{image}.{name}"] for name in names}, {name: ours[f"{image}.{name}"] for name in names}
+        )
+        verdict.take(key, ratio if part == where or ratio == float("inf") else 0.0)
+    else:
+        verdict.take(key, error_ratio(role, value, ours[key], key))
+
+
+def _family(name: str):  # type: ignore[no-untyped-def]
+    known = [module.name for module in pkgutil.iter_modules(families.__path__)]
+    if name not in known:
+        raise DataError(f"unknown family {name!r} (the name of the folder above the case); {nearest(name, known)}")
+    return importlib.import_module(f"{families.__name__}.{name}")
+
+

@@ -1,0 +1,282 @@
+"""Golden cases of detectors: our model, built from the case's arguments, run through all that the case stores."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from detfamily.build import build_criterion, build_detector, build_postprocess
+from detfamily.checkpoints import Adapter, adapter_for
+from detfamily.config import compose
+from detfamily.criterion import Criterion, Losses
+from detfamily.criterion.matcher import pairs
+from detfamily.data.batches import pad
+from detfamily.detector import Detector
+from detfamily.engine.optim import clip_gradients
+from detfamily.parity.case import Case
+from detfamily.structures import Images, Predictions, Size, Targets
+
+OFFICIAL_LOSS = {"class": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou"}
+"""Our names of losses -> the official ones, before the suffix that tells the layer."""
+
+
+class StoredFeatures(nn.Module):
+    """In the place of a backbone: the maps that the case stores."""
+
+    def __init__(self, maps: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.maps = list(maps)
+        self.channels = [one.shape[1] for one in maps]
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        return self.maps
+
+
+@dataclass
+class Setup:
+    """Our side of a case."""
+
+    detector: Detector
+    criterion: Criterion
+    postprocess: nn.Module
+    adapter: Adapter
+    images: Images
+    maps: list[Tensor]
+
+
+def results(case: Case, overrides: Sequence[str]) -> dict[str, Tensor]:
+    """All that the case stores, computed by our code, under the case's keys.
+
+    Args:
+        case: with inputs, weights and targets.
+        overrides: what makes ``train.yaml`` the detector of the case.
+    """
+    torch.manual_seed(0)
+    setup = _set_up(case, overrides)
+    initial = copy.deepcopy(setup.detector.state_dict())
+    ours: dict[str, Tensor] = {}
+    predictions = setup.detector.train()(setup.images)
+    for prefix in case.sub_cases():
+        ours |= _of_targets(case, setup, predictions, prefix)
+    ours |= _outputs(predictions, "out.")
+    with torch.no_grad():
+        evaluated = setup.detector.eval()(setup.images)
+    ours |= _outputs(evaluated, "eval.out.")
+    ours |= _detections(case, setup, evaluated)
+    for prefix in sorted({key[: key.index("train.")] for key in case.io if re.search(r"(^|\.)train\.", key)}):
+        setup.detector.load_state_dict(initial)
+        ours |= _training(case, setup, prefix)
+    return ours
+
+
+def _set_up(case: Case, overrides: Sequence[str]) -> Setup:
+    cfg = compose("train", ["data=coco", "data.root=.", *overrides])
+    images, maps = _inputs(case)
+    width = case.weights[_class_key(case)].shape[0]
+    softmax = cfg.classification.head._target_.endswith("SoftmaxClassHead")
+    backbone = StoredFeatures(maps) if maps else None
+    detector = build_detector(cfg, width - 1 if softmax else width, pretrained=False, backbone=backbone).to(case.dtype)
+    adapter = adapter_for(case.family, detector)
+    detector.load_state_dict(adapter.to_ours(case.weights), strict=True)
+    return Setup(detector, build_criterion(cfg), build_postprocess(cfg), adapter, images, maps)
+
+
+def _class_key(case: Case) -> str:
+    return "class_embed.weight" if "class_embed.weight" in case.weights else "class_embed.0.weight"
+
+
+def _inputs(case: Case) -> tuple[Images, list[Tensor]]:
+    """Images to give to the detector, and the maps that replace its backbone, if the case stores any."""
+    maps = [case.io[key].clone().requires_grad_() for key in _numbered(case.io, "features")]
+    stored = [case.io[key] for key in _numbered(case.io, "images")]
+    if maps:
+        mask = case.io["mask"]
+        pixels = torch.zeros(len(mask), 3, *mask.shape[1:], dtype=case.dtype)
+    else:
+        pixels, mask = (stored[0], case.io["mask"]) if stored[0].ndim == 4 else pad(stored)
+        if "mask" in case.io and not torch.equal(mask, case.io["mask"]):
+            raise ValueError(f"{case.name}: padding the images gives another mask than the stored one")
+    targets = case.io.get("target_sizes")
+    sizes = tuple(_size(one) for one in mask)
+    original = sizes if targets is None else tuple((int(h), int(w)) for h, w in targets.tolist())
+    return Images(pixels, mask, sizes, original, tuple(range(len(mask)))), maps
+
+
+def _size(mask: Tensor) -> Size:
+    return int((~mask[:, 0]).sum()), int((~mask[0]).sum())
+
+
+def _numbered(io: Mapping[str, Tensor], name: str) -> list[str]:
+    keys = [key for key in io if re.fullmatch(rf"{name}\.\d+", key)]
+    return sorted(keys, key=lambda key: int(key.rsplit(".", 1)[1]))
+
+
+def _targets(case: Case, prefix: str, batch: int) -> Targets | None:
+    """The targets of a sub-case; without any stored, a name that says so stands for empty images."""
+    keys = [f"{prefix}targets.{image}." for image in range(batch)]
+    if not all(key + "boxes" in case.io for key in keys):
+        if "empty" not in prefix:
+            return None
+        nothing = torch.zeros(0, 4, dtype=case.dtype)
+        return Targets.from_lists([torch.zeros(0, dtype=torch.int64)] * batch, [nothing] * batch)
+    return Targets.from_lists([case.io[k + "labels"] for k in keys], [case.io[k + "boxes"] for k in keys])
+
+
+def _of_targets(case: Case, setup: Setup, predictions: dict[str, Predictions], prefix: str) -> dict[str, Tensor]:
+    """Losses, matches and gradients of one set of targets on the same outputs."""
+    targets = _targets(case, prefix, len(setup.images))
+    if targets is None:
+        return {}
+    losses = setup.criterion(predictions, targets)
+    depth = len(predictions["match"].logits)
+    ours = {f"{prefix}loss.total": losses.total.detach()}
+    for name, value in losses.parts.items():
+        group, layer, loss = name.split("/")
+        ours[f"{prefix}loss.{OFFICIAL_LOSS[loss]}{_loss_suffix(group, int(layer), depth)}"] = value
+    for group in losses.assignments:
+        ours |= _matches(case, setup, predictions, targets, losses, group, prefix)
+    if any(key.startswith(f"{prefix}grad") for key in case.io):
+        ours |= _gradients(setup, losses, prefix)
+    return ours
+
+
+def _loss_suffix(group: str, layer: int, depth: int) -> str:
+    if group == "proposals":
+        return "_enc"
+    return "" if layer == depth - 1 else f"_{layer}"
+
+
+def _matches(
+    case: Case,
+    setup: Setup,
+    predictions: dict[str, Predictions],
+    targets: Targets,
+    losses: Losses,
+    group: str,
+    prefix: str,
+) -> dict[str, Tensor]:
+    """Matched pairs of all layers; where ours cost the same as the stored ones, the stored ones count as ours."""
+    ours: dict[str, Tensor] = {}
+    assignment = losses.assignments[group]
+    depth = len(predictions[group].logits)
+    first = depth - len(assignment.query)
+    wanted = setup.criterion.groups[group].targets(targets)
+    costs = setup.criterion.matcher.cost(predictions[group], wanted)
+    for layer in range(first, depth):
+        place = "enc." if group == "proposals" else "" if layer == depth - 1 else f"aux.{layer}."
+        for image, (query, target) in enumerate(pairs(assignment, targets.counts, layer - first)):
+            key = f"{prefix}match.{place}{image}"
+            stored = case.io.get(f"{key}.src"), case.io.get(f"{key}.tgt")
+            if stored[0] is not None and stored[1] is not None and _cost_the_same(costs[layer, image], stored, query, target):
+                query, target = stored  # type: ignore[assignment]
+            ours[f"{key}.src"], ours[f"{key}.tgt"] = query, target
+    return ours
+
+
+def _cost_the_same(cost: Tensor, stored: Sequence[Tensor | None], query: Tensor, target: Tensor) -> bool:
+    """Ties within 1e-5 are decided by rounding; tokens in the padding all say the same, so they tie as well."""
+    src, tgt = stored
+    assert src is not None and tgt is not None
+    if len(src) != len(query) or len(set(src.tolist())) != len(src) or len(set(tgt.tolist())) != len(tgt):
+        return False
+    return bool((cost[src, tgt].sum() - cost[query, target].sum()).abs() <= 1e-5 * max(1, len(src)))
+
+
+def _gradients(setup: Setup, losses: Losses, prefix: str) -> dict[str, Tensor]:
+    """grad.NAME, gradstat.NAME = [sum, absolute sum, l2], and grad_norm.NAME = l2, under the official names."""
+    setup.detector.zero_grad()
+    for one in setup.maps:
+        one.grad = None
+    losses.total.backward(retain_graph=True)
+    ours: dict[str, Tensor] = {}
+    for name, gradient in _official_gradients(setup).items():
+        stat = torch.stack([gradient.sum(), gradient.abs().sum(), gradient.norm()])
+        ours[f"{prefix}grad.{name}"] = gradient
+        ours[f"{prefix}gradstat.{name}"] = stat
+        ours[f"{prefix}grad_norm.{name}"] = ours[f"{prefix}gradnorm.{name}"] = stat[2]
+    for name, parameter in setup.adapter.to_official(dict(setup.detector.named_parameters())).items():
+        if f"{prefix}grad.{name}" not in ours:  # no gradient: zeros, or the NaN that stands for none in statistics
+            ours[f"{prefix}grad.{name}"] = torch.zeros_like(parameter)
+            ours[f"{prefix}gradstat.{name}"] = torch.full((3,), torch.nan)
+    for index, one in enumerate(setup.maps):
+        if one.grad is not None:
+            ours[f"{prefix}grad.features.{index}"] = ours[f"{prefix}grad_input.features.{index}"] = one.grad.clone()
+    return ours
+
+
+def _official_gradients(setup: Setup) -> dict[str, Tensor]:
+    gradients = {name: p.grad.clone() for name, p in setup.detector.named_parameters() if p.grad is not None}
+    return setup.adapter.to_official(gradients)
+
+
+def _outputs(predictions: dict[str, Predictions], prefix: str) -> dict[str, Tensor]:
+    ours: dict[str, Tensor] = {}
+    for group, said in predictions.items():
+        depth = len(said.logits)
+        for layer in range(depth):
+            place = "enc." if group == "proposals" else "" if layer == depth - 1 else f"aux.{layer}."
+            ours[f"{prefix}{place}pred_logits"] = said.logits[layer].detach()
+            ours[f"{prefix}{place}pred_boxes"] = said.boxes[layer].detach()
+    return ours
+
+
+def _detections(case: Case, setup: Setup, predictions: dict[str, Predictions]) -> dict[str, Tensor]:
+    ours: dict[str, Tensor] = {}
+    for image, found in enumerate(setup.postprocess(predictions, setup.images)):
+        ours |= {
+            f"post.{image}.scores": found.scores,
+            f"post.{image}.labels": found.labels,
+            f"post.{image}.boxes": found.boxes_xyxy,
+        }
+    return ours
+
+
+def _training(case: Case, setup: Setup, prefix: str) -> dict[str, Tensor]:
+    """A few optimiser steps on the same batch, with the settings of the case."""
+    targets = _targets(case, "", len(setup.images))
+    assert targets is not None
+    optimizer, clip_norm = _optimizer(case, setup, prefix)
+    ours: dict[str, Tensor] = {}
+    setup.detector.train()
+    steps = len([key for key in case.io if re.fullmatch(rf"{re.escape(prefix)}train\.loss\.\d+", key)])
+    for step in range(steps):
+        optimizer.zero_grad()
+        total = setup.criterion(setup.detector(setup.images), targets).total
+        total.backward()
+        norm = clip_gradients(setup.detector.parameters(), clip_norm)
+        ours[f"{prefix}train.loss.{step}"], ours[f"{prefix}train.grad_norm.{step}"] = total.detach(), norm.detach()
+        optimizer.step()
+    for name, parameter in setup.adapter.to_official(dict(setup.detector.named_parameters())).items():
+        ours[f"{prefix}train.param.{name}"] = parameter.detach().clone()
+    return ours
+
+
+def _optimizer(case: Case, setup: Setup, prefix: str) -> tuple[torch.optim.Optimizer, float]:
+    """The case's own settings where it states them; else the official learning rate on all, as its note says."""
+    stated = case.info.get("training", {}).get(prefix.rstrip(".") or "main", {})
+    decay, clip_norm = stated.get("weight_decay", 1e-4), stated.get("clip_max_norm", 0.1)
+    rules = stated.get("groups", [{"names_contain": [], "lr": stated.get("lr", 1e-4)}])
+    groups: dict[float, list[Tensor]] = {}
+    for ours, parameter in setup.detector.named_parameters():
+        names = setup.adapter.to_official(_with_partners(setup, ours, parameter))
+        for rule in rules:
+            wanted = rule["names_contain"]
+            if not wanted or any(word in name for name in names for word in wanted):
+                groups.setdefault(rule["lr"], []).append(parameter)
+                break
+    parameters = [{"params": members, "lr": lr} for lr, members in groups.items()]
+    return torch.optim.AdamW(parameters, weight_decay=decay), clip_norm
+
+
+def _with_partners(setup: Setup, name: str, parameter: Tensor) -> dict[str, Tensor]:
+    """A parameter with the others that share its official tensor, so that it can be renamed alone."""
+    everything = dict(setup.detector.named_parameters())
+    for rule in setup.adapter.rules:
+        if isinstance(rule.ours, tuple) and name in rule.ours:
+            return {part: everything[part] for part in rule.ours}
+    return {name: parameter}

@@ -1,0 +1,60 @@
+"""facebookresearch/detr."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from detfamily.blocks.boxes import iou_and_giou
+from detfamily.parity import data_transforms, detection
+from detfamily.parity.case import Case
+
+
+def expected(case: Case) -> dict[str, Tensor]:
+    """Data cases keep the table of sizes in their json."""
+    return data_transforms.expected(case.info) if "data" in case.info else {}
+
+
+def results(case: Case) -> dict[str, Tensor]:
+    """A detector, or the data pipeline."""
+    if "data" in case.info:
+        return data_transforms.results(case.info, case.io)
+    return detection.results(case, overrides(case)) | _units(case)
+
+
+def overrides(case: Case) -> list[str]:
+    """The official arguments in our words."""
+    args, loss = case.info["args"], case.info["matcher_and_loss"]
+    backbone = args.get("backbone", "stub")
+    chosen = ["backbone=small"] if backbone == "stub" else [f"backbone={backbone}", "backbone.weights=null"]
+    if args.get("dilation"):
+        chosen.append("backbone.dilation=true")
+    return [
+        "family=detr",
+        *chosen,
+        f"position={args['position_embedding'].replace('v2', 'sine').replace('v3', 'learned')}",
+        f"residual={'pre_norm' if args.get('pre_norm') else 'post_norm'}",
+        f"ffn.activation._target_=torch.nn.{ {'relu': 'ReLU', 'gelu': 'GELU'}[args.get('activation', 'relu')] }",
+        f"model.embed_dim={args['hidden_dim']}",
+        f"model.num_heads={args['nheads']}",
+        f"model.ffn_dim={args['dim_feedforward']}",
+        f"model.dropout={args['dropout']}",
+        f"model.num_queries={args['num_queries']}",
+        f"encoder.num_layers={args['enc_layers']}",
+        f"decoder.num_layers={args['dec_layers']}",
+        f"criterion.aux_loss={str(args.get('aux_loss', True)).lower()}",
+        f"criterion.matcher.weights.class={loss['set_cost_class']}",
+        f"criterion.matcher.weights.l1={loss['set_cost_bbox']}",
+        f"criterion.matcher.weights.giou={loss['set_cost_giou']}",
+        f"criterion.weights.class={loss.get('loss_ce_coef', loss['weight_dict']['loss_ce'])}",
+        f"criterion.weights.l1={loss['bbox_loss_coef']}",
+        f"criterion.weights.giou={loss['giou_loss_coef']}",
+        f"classification.loss.no_object_weight={loss['eos_coef']}",
+    ]
+
+
+def _units(case: Case) -> dict[str, Tensor]:
+    if "unit.boxes1" not in case.io:
+        return {}
+    iou, giou = iou_and_giou(case.io["unit.boxes1"][:, None], case.io["unit.boxes2"])
+    return {"unit.iou": torch.as_tensor(iou), "unit.giou": giou}
