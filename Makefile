@@ -31,7 +31,7 @@ $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "detfamily needs Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	@echo "Installing into $(VENV): about 3 GB with torch's CUDA libraries, a few minutes"
+	@echo "Installing into $(VENV): a few minutes; about 6 GB on disk where torch comes with CUDA"
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e ".[dev]"
 	@touch $@
 

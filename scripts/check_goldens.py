@@ -20,7 +20,9 @@ from detfamily.parity.check import check, report
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="a case, a family, or a folder of families")
+    parser.add_argument(
+        "folders", metavar="DIR", nargs="+", type=Path, help="a case, a family, or a folder of families"
+    )
     folders = parser.parse_args().folders
     try:
         passed = report(check(folders), Console(width=160))

@@ -499,7 +499,7 @@ def test_a_constructor_speaks_for_itself_and_the_key_is_named(tree):
     assert isinstance(caught.value.__cause__, ValueError)
     cfg.attention._partial_ = False
     with pytest.raises(ConfigError, match="^encoder.layer: Attention: width 64 is not a multiple of heads 7$"):
-        build(cfg).encoder
+        build(cfg)
     with pytest.raises(ConfigError, match="^recipe: Recipe: .*unexpected keyword argument 'foo'"):
         build(cfg.recipe, foo=1)
 

@@ -27,6 +27,8 @@ class Command:
         config: the primary config, a file of the configs folder.
         function: ``module:function`` that takes the config; imported when the command runs.
         examples: overrides to show.
+        composed: False where the function takes the overrides as they are, because the config that they change lies
+            in a checkpoint; ``config`` then only says which groups there are.
     """
 
     name: str
@@ -34,15 +36,18 @@ class Command:
     config: str
     function: str
     examples: tuple[str, ...]
+    composed: bool = True
 
     def run(self, overrides: Sequence[str]) -> None:
         """Compose, check, run."""
         from detfamily.config import compose, validate
 
-        cfg = compose(self.config, overrides)
-        validate(cfg)
+        given: object = list(overrides)
+        if self.composed:
+            given = compose(self.config, overrides)
+            validate(given)
         module, _, function = self.function.partition(":")
-        getattr(importlib.import_module(module), function)(cfg)
+        getattr(importlib.import_module(module), function)(given)
 
     def print_config(self, overrides: Sequence[str]) -> None:
         """Print the config that a run with these overrides would have, as YAML."""
@@ -50,6 +55,8 @@ class Command:
 
         from detfamily.config import compose, to_container, validate
 
+        if not self.composed:
+            raise DetfamilyError(f"{self.name} has no config of its own: it is the one inside the checkpoint")
         cfg = compose(self.config, overrides)
         print(OmegaConf.to_yaml(OmegaConf.create(to_container(cfg))), end="")
         validate(cfg)
@@ -72,9 +79,14 @@ COMMANDS = {
         Command(
             "evaluate",
             "evaluate a checkpoint, or a results file in COCO's format, on a data set",
-            "evaluate",
+            "train",
             "detfamily.engine.evaluate:evaluate",
-            ("checkpoint=runs/detr/best.pt", "results=detections.json data=coco data.root=/data/coco"),
+            (
+                "checkpoint=runs/detr/best.pt",
+                "checkpoint=runs/detr/best.pt data=coco data.root=/data/coco evaluation.batch_size=1",
+                "results=detections.json data=coco data.root=/data/coco",
+            ),
+            composed=False,
         ),
     )
 }
@@ -92,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DetfamilyError as error:
         if os.environ.get("DETFAMILY_DEBUG") == "1":
             raise
-        print(f"detfamily: {error}", file=sys.stderr)
+        print("detfamily: " + str(error).replace("\n", "\n  "), file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("detfamily: interrupted", file=sys.stderr)
@@ -149,5 +161,5 @@ def command_help(command: Command) -> str:
     for group, choices in found.items():
         text = textwrap.wrap("  ".join(choices), 116 - width, break_long_words=False, break_on_hyphens=False)
         lines += [f"  {group if row == 0 else '':<{width}}  {part}" for row, part in enumerate(text)]
-    lines += ["", f"Fields (FIELD=VALUE): detfamily {command.name} --cfg lists all of them.", "", "Examples:"]
+    lines += ["", f"Fields (FIELD=VALUE): detfamily {command.config} --cfg lists all of them.", "", "Examples:"]
     return "\n".join([*lines, *(f"  detfamily {command.name} {example}" for example in command.examples)])

@@ -162,7 +162,7 @@ def compose(config_name: str, overrides: Sequence[str] = (), configs: Path | Non
             _set_field(cfg, schema, one, registry)
     problems = [Problem(key, f"is missing: pass {_dotted(key)}=...") for key in _missing_keys(_raw(cfg))]
     _raise_all(problems)
-    to_container(cfg)
+    to_container(cfg)  # Follows every interpolation once, so that none fails in the middle of a run.
     return cfg
 
 
@@ -338,15 +338,17 @@ def _require_field(raw: Any, key: Key, line: str, registry: Mapping[str, Sequenc
         names = [str(name) for name in node if name not in _NODE_KEYS]
         names += list(registry) if depth == 0 else []
         what = f"{above} has no field {part!r}" if above else f"there is no group or field {part!r}"
-        raise ConfigError(f"{line!r}: {what}: {nearest(str(part), names)}{_elsewhere(raw, key, node)}")
+        close, elsewhere = nearest(str(part), names), _elsewhere(raw, key, node)
+        hints = [elsewhere] if elsewhere and not close.startswith("did you mean") else [close, elsewhere]
+        raise ConfigError(f"{line!r}: {what}: {'; '.join(filter(None, hints))}")
 
 
 def _elsewhere(raw: Any, key: Key, parent: Mapping[str, Any]) -> str:
     """Where a field of that name does exist, and whether the constructor would take it."""
     if "_target_" in parent and key[-1] in _parameters(parent):
-        return f" ({parent['_target_']} takes it although the config does not list it: +{_dotted(key)}=...)"
+        return f"{parent['_target_']} takes it although the config does not list it: +{_dotted(key)}=..."
     others = [_dotted(other) for other, _ in _leaves(raw) if other[-1] == key[-1] and other != key]
-    return f" ({key[-1]} exists as {', '.join(others[:3])})" if others else ""
+    return f"{key[-1]} exists as {', '.join(others[:3])}" if others else ""
 
 
 def _parameters(node: Mapping[str, Any]) -> dict[str, Any]:

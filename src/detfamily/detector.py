@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -50,7 +51,7 @@ class Detector(nn.Module):
         super().__init__()
         self.normalize = normalize
         self.backbone = backbone
-        self.neck = neck(in_channels=list(backbone.channels))  # type: ignore[arg-type]
+        self.neck = neck(in_channels=list(cast("Sequence[int]", backbone.channels)))
         self.position = position
         self.level_embed = level_embed
         self.encoder_position = encoder_position

@@ -1,8 +1,9 @@
-"""ResNet (arXiv 1512.03385) and ResNeXt (arXiv 1611.05431) from torchvision, frozen the way the DETR line freezes them."""
+"""ResNet (arXiv 1512.03385) and ResNeXt (arXiv 1611.05431) from torchvision, frozen the way the DETR line does it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import pickle
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -52,7 +53,7 @@ class ResNet(nn.Module):
             norm_layer=norm, **({"replace_stride_with_dilation": [False, False, True]} if dilation else {})
         )
         if weights is not None:
-            body.load_state_dict(_read_weights(name, weights), strict=False)
+            _load(body, _read_weights(name, weights), weights)
         del body.fc, body.avgpool
         self.body = body
         self.stages = tuple(stages)
@@ -88,13 +89,33 @@ def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
         try:
             enum = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
             state: dict[str, Tensor] = enum.get_state_dict(progress=True, check_hash=True)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # no network; a file that came damaged
             raise CheckpointError(
-                f"cannot download the ImageNet weights of {name} ({error}): pass backbone.weights=PATH to a torchvision "
+                f"cannot download the ImageNet weights of {name} ({error}): pass backbone.weights=PATH, a torchvision "
                 "state dict, or backbone.weights=null to start from random weights"
             ) from error
         return state
     if not Path(weights).is_file():
         raise CheckpointError(f"backbone.weights={weights!r}: no such file; expected a path, 'imagenet' or null")
-    state = torch.load(weights, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"backbone.weights={weights!r} cannot be read: {error}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"backbone.weights={weights!r} holds a {type(state).__name__}; expected a state dict")
     return state
+
+
+def _load(body: nn.Module, state: Mapping[str, Tensor], weights: str) -> None:
+    """Load all but the classifier, which is not kept; a file of other names must not pass for weights."""
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
+    try:
+        missing, unexpected = body.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"backbone.weights={weights!r} is of another network: {error}") from error
+    missing = [name for name in missing if not name.startswith("fc.") and not name.endswith("num_batches_tracked")]
+    if missing or unexpected:
+        raise CheckpointError(
+            f"backbone.weights={weights!r} is not a torchvision state dict of this network: {len(missing)} names are "
+            f"missing {missing[:3]}, {len(unexpected)} are unknown {unexpected[:3]}"
+        )

@@ -171,5 +171,3 @@ def _check_levels(in_channels: Sequence[int], num_levels: int) -> None:
             f"model.num_levels={num_levels} is less than the {len(in_channels)} maps of the backbone: "
             "raise it, or take fewer maps with model.stages=[...]"
         )
-
-

@@ -71,9 +71,7 @@ class TopK(nn.Module):
         nms_iou: suppress boxes of one class that overlap more than this; None for no suppression.
     """
 
-    def __init__(
-        self, scores: nn.Module, num_select: int = 100, layer: int = -1, nms_iou: float | None = None
-    ) -> None:
+    def __init__(self, scores: nn.Module, num_select: int = 100, layer: int = -1, nms_iou: float | None = None) -> None:
         super().__init__()
         _check(scores, nms_iou, override_empty=True)
         if num_select < 1:

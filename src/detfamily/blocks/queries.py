@@ -168,5 +168,3 @@ class ProposalQueries(QuerySource):
             return code, self.content.expand(len(boxes), -1, -1)
         pos, content = code.chunk(2, dim=-1)
         return pos, content
-
-

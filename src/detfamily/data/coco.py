@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,9 +34,6 @@ COCO_AREA_RANGES: dict[str, tuple[float, float]] = {
     "large": (96.0**2, 1e10),
 }
 """Square pixels of the original image, as in COCO's published numbers."""
-
-# Deprecated for torchcodec since torchvision 0.29, which needs ffmpeg; nothing that a user could act on.
-warnings.filterwarnings("ignore", message=".*TorchCodec", category=DeprecationWarning, module="torchvision")
 
 LAYOUT = "train2017/*.jpg, val2017/*.jpg, annotations/instances_train2017.json, annotations/instances_val2017.json"
 
@@ -256,6 +252,7 @@ class CocoData:
             for heads of the official checkpoints.
         limit_train: train on the first n images that have objects, in the order of their ids; None takes all images.
         limit_val: validate on the first n images that have objects; None takes all images.
+        validate_on: "val", or "train" to validate on the training images: can the detector learn them by heart?
         area_ranges: name -> (low, high) square pixels, for the AP by size; COCO's when None.
 
     Raises:
@@ -272,6 +269,7 @@ class CocoData:
         labels: Literal["contiguous", "category_id"] = "contiguous",
         limit_train: int | None = None,
         limit_val: int | None = None,
+        validate_on: Literal["val", "train"] = "val",
         area_ranges: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         maps = {"contiguous": LabelMap.contiguous, "category_id": LabelMap.by_category_id}
@@ -283,6 +281,10 @@ class CocoData:
         self.root = _existing_root(root)
         self.limit_train, self.limit_val = limit_train, limit_val
         self.area_ranges = _checked_area_ranges(COCO_AREA_RANGES if area_ranges is None else area_ranges)
+        if validate_on == "train":
+            val_images, val_annotations = train_images, train_annotations
+        elif validate_on != "val":
+            raise DataError(f"data.validate_on={validate_on} does not exist; {nearest(validate_on, ('val', 'train'))}")
         self._folders = {"train": self.root / train_images, "val": self.root / val_images}
         self._files = {"train": self.root / train_annotations, "val": self.root / val_annotations}
         self.label_map = maps[labels]([{"id": i, "name": n} for i, n in self._val.categories.items()])
@@ -565,7 +567,8 @@ def _check_plausible(xywh: Tensor, sizes: Tensor, annotations: Sequence[Mapping[
 
 
 def _area(annotation: Mapping[str, Any]) -> float:
-    return float(annotation["area"]) if "area" in annotation else float(annotation["bbox"][2] * annotation["bbox"][3])
+    area = annotation.get("area")
+    return float(area) if isinstance(area, int | float) else float(annotation["bbox"][2] * annotation["bbox"][3])
 
 
 def _named(annotation: Any, at: int) -> str:

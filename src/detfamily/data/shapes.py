@@ -109,6 +109,7 @@ class ShapesData(CocoData):
         root: where to keep the images; None takes the cache folder (DETFAMILY_CACHE or ~/.cache/detfamily).
         limit_train: train on the first n images; None takes all.
         limit_val: validate on the first n images; None takes all.
+        validate_on: "val", or "train" to validate on the training images.
         area_ranges: name -> (low, high) square pixels, for the AP by size; a ninth of COCO's when None.
 
     Raises:
@@ -127,6 +128,7 @@ class ShapesData(CocoData):
         root: str | None = None,
         limit_train: int | None = None,
         limit_val: int | None = None,
+        validate_on: Literal["val", "train"] = "val",
         area_ranges: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         if len(objects) != 2 or len(sides) != 2:
@@ -145,6 +147,7 @@ class ShapesData(CocoData):
             val_annotations="annotations/instances_val.json",
             limit_train=limit_train,
             limit_val=limit_val,
+            validate_on=validate_on,
             area_ranges=COCO_NINTH if area_ranges is None else area_ranges,
         )
 

@@ -39,8 +39,8 @@ FORMAT = 1
 
 # The nodes of a config that say how a run goes; all others say what the model is.
 RUN_NODES = frozenset(
-    "augmentation checkpoint criterion data evaluation family_name init_from name optimizer output_dir postprocess "
-    "published resume runtime schedule seed tracking".split()
+    "augmentation checkpoint criterion data drop_epochs evaluation family_name init_from name optimizer output_dir "
+    "postprocess published resume runtime schedule seed tracking".split()
 )
 _NEEDED = ("config", "template", "label_map", "model")
 
@@ -91,15 +91,25 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         raise CheckpointError(f"cannot write the checkpoint {path}: {error}{kept}") from error
 
 
+def require(path: str | Path) -> Path:
+    """The path of a checkpoint that exists.
+
+    Raises:
+        CheckpointError: there is none, with those nearby.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}; {_nearby(path)}")
+    return path
+
+
 def load(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
     Raises:
         CheckpointError: there is none (with those nearby), it is broken, or it is not one of ours.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}; {_nearby(path)}")
+    path = require(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -6,6 +6,7 @@ by ``DistributedDataParallel``. With one process every call is free of communica
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from detfamily.errors import ConfigError
 
 Value = TypeVar("Value")
+
+_RUNS = itertools.count()
 
 # Long enough for the main process to score a large validation set while the others wait.
 TIMEOUT = timedelta(minutes=60)
@@ -150,7 +153,8 @@ def _from_environment() -> World:
 def _store() -> Any:
     """The key-value store to meet at.
 
-    An elastic restart finds the store of the attempt before it; a prefix per attempt keeps stale keys out of the way.
+    An elastic restart finds the store of the attempt before it, and a second run in one process that of the first; a
+    prefix for each keeps stale keys out of the way.
     """
     agent_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(  # type: ignore[attr-defined]
@@ -161,4 +165,4 @@ def _store() -> Any:
         timeout=TIMEOUT,
     )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]
+    return dist.PrefixStore(f"attempt_{attempt}_run_{next(_RUNS)}", store)  # type: ignore[attr-defined]

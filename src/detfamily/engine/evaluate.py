@@ -25,7 +25,7 @@ from detfamily.engine.checkpoint import load_model, load_weights, write_atomical
 from detfamily.engine.distributed import World, join
 from detfamily.engine.run import label_words, listing, parameter_words
 from detfamily.engine.runtime import Runtime
-from detfamily.errors import ConfigError
+from detfamily.errors import ConfigError, DataError
 from detfamily.evaluation.coco_metrics import CocoEvaluator, CocoMetrics
 from detfamily.evaluation.results import evaluate_results, write_results
 from detfamily.structures import Detections, Images, Predictions
@@ -212,6 +212,7 @@ def _evaluate_checkpoint(path: Path, output_dir: str | None, overrides: Sequence
             ("batch", f"{size} images at once"),
         ]
         world.say(f"evaluating {cfg.name}\n{listing(rows)}")
+        label_map = by_name(label_map, data.label_map, world)
         evaluation = evaluate_model(
             model,
             validation_loader(dataset, size, runtime.num_workers, world.rank, world.size),
@@ -243,6 +244,80 @@ def _evaluate_file(results: Path, output_dir: str | None, overrides: Sequence[st
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         write_numbers(Path(output_dir) / "metrics.json", numbers)
     return numbers
+
+
+def by_name(trained: LabelMap, present: LabelMap, world: World) -> LabelMap:
+    """The classes that a model was trained on, with the category ids of another data set.
+
+    Names decide: two data sets may number the same classes differently, or different classes alike. Columns of classes
+    that the data set does not have stand for nothing, and their detections are dropped.
+
+    Raises:
+        DataError: not one class in common.
+    """
+    if trained == present:
+        return trained
+    ids = {name: one for name, one in zip(present.names, present.category_ids, strict=True) if name is not None}
+    common = {name for name in trained.names if name in ids}
+    if not common:
+        raise DataError(
+            f"the checkpoint knows {label_words(trained.names)}; the data set has {label_words(present.names)}: not one "
+            "class in common"
+        )
+    for words, names in (
+        ("the data set does not have, so they are left out", set(trained.names) - common - {None}),
+        ("the checkpoint does not know, so they are missed", set(ids) - common),
+    ):
+        if names:
+            world.say(f"warning: classes that {words}: {label_words(sorted(str(name) for name in names))}")
+    return LabelMap(
+        tuple(ids[name] if name in common and name is not None else None for name in trained.names),
+        tuple(name if name in common else None for name in trained.names),
+    )
+
+
+def new_evaluator(cfg: DictConfig, data: Any, label_map: LabelMap) -> CocoEvaluator:
+    """An empty evaluator of a data set, for a model that knows these labels."""
+    return CocoEvaluator(data.validation_annotations, label_map, data.area_ranges, cfg.evaluation.backend)
+
+
+def evaluation_batch_size(cfg: DictConfig, world: World) -> int:
+    """Images that a process evaluates at once: the setting, else as many as it trains on at once."""
+    choices = (cfg.evaluation.batch_size, cfg.runtime.batch_size_per_device, cfg.schedule.total_batch_size // world.size)
+    size = int(next(one for one in choices if one is not None))
+    if size < 1:
+        raise ConfigError(f"evaluation.batch_size is {size}; expected 1 or more, or null for as in training")
+    return size
+
+
+def by_name(trained: LabelMap, present: LabelMap, world: World) -> LabelMap:
+    """The classes that a model was trained on, with the category ids of another data set.
+
+    Names decide: two data sets may number the same classes differently, or different classes alike. Columns of classes
+    that the data set does not have stand for nothing, and their detections are dropped.
+
+    Raises:
+        DataError: not one class in common.
+    """
+    if trained == present:
+        return trained
+    ids = {name: one for name, one in zip(present.names, present.category_ids, strict=True) if name is not None}
+    common = {name for name in trained.names if name in ids}
+    if not common:
+        raise DataError(
+            f"the checkpoint knows {label_words(trained.names)}; the data set has {label_words(present.names)}: not one "
+            "class in common"
+        )
+    for words, names in (
+        ("the data set does not have, so they are left out", set(trained.names) - common - {None}),
+        ("the checkpoint does not know, so they are missed", set(ids) - common),
+    ):
+        if names:
+            world.say(f"warning: classes that {words}: {label_words(sorted(str(name) for name in names))}")
+    return LabelMap(
+        tuple(ids[name] if name in common and name is not None else None for name in trained.names),
+        tuple(name if name in common else None for name in trained.names),
+    )
 
 
 def new_evaluator(cfg: DictConfig, data: Any, label_map: LabelMap) -> CocoEvaluator:

@@ -50,7 +50,8 @@ class LossMeter:
         mine: Sums = {}
         if self._window:
             columns = torch.cat(list(self._window.values()), dim=1).T.tolist()
-            mine = dict(zip((name for names in self._window for name in names), columns, strict=True))
+            for name, pair in zip((name for names in self._window for name in names), columns, strict=True):
+                _add(mine, {name: pair})
         self._window = {}
         everyone: Sums = {}
         # As objects, since a process that had to leave a loss out may have other names than the rest.

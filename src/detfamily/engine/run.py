@@ -12,7 +12,7 @@ import yaml
 from omegaconf import DictConfig
 from torch import nn
 
-from detfamily.engine.checkpoint import write_atomically
+from detfamily.engine.checkpoint import require, write_atomically
 from detfamily.engine.distributed import World
 from detfamily.errors import CheckpointError, ConfigError
 
@@ -47,6 +47,7 @@ def find_start(cfg: DictConfig, world: World) -> Start:
 
     Raises:
         ConfigError: the folder holds another run, or ``resume=auto`` without ``output_dir``.
+        CheckpointError: the checkpoint is not there.
     """
     given = None if cfg.output_dir is None else Path(str(cfg.output_dir)).expanduser()
     if cfg.resume == "auto":
@@ -56,7 +57,7 @@ def find_start(cfg: DictConfig, world: World) -> Start:
         return Start(given, last if last.is_file() else None, resumed=_holds_run(given))
     if cfg.resume is not None:
         checkpoint = Path(str(cfg.resume)).expanduser()
-        checkpoint = checkpoint / LAST if checkpoint.is_dir() else checkpoint
+        checkpoint = require(checkpoint / LAST if checkpoint.is_dir() else checkpoint)
         folder = given or checkpoint.parent
         same = folder.resolve() == checkpoint.parent.resolve()
         if not same:

@@ -6,6 +6,7 @@ steps, ``train_step`` through the micro-batches of one optimiser step.
 
 from __future__ import annotations
 
+import inspect
 import time
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
@@ -468,7 +469,10 @@ class Trainer:
         if self.world.size == 1:
             return model
         # Buffers are shared before evaluations instead of before each forward: those of frozen norms never change.
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        known = inspect.signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its older name
+        settings: dict[str, Any] = {name: False}
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, **settings)
 
     def _shape_of_plan(self) -> dict[str, int]:
         return {"total_batch_size": self.plan.total_batch_size, "steps_per_epoch": self.plan.steps_per_epoch}

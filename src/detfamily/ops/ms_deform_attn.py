@@ -57,7 +57,11 @@ def ms_deform_attn_projected(
 
     Returns:
         (B, Q, M * D)
+
+    Raises:
+        ValueError: a shape does not fit the others.
     """
+    _check_projected(reference_points, sampling_offsets, attention_logits)
     batch, queries, heads, levels, points, _ = sampling_offsets.shape
     weights = attention_logits.softmax(-1).view(batch, queries, heads, levels, points)
     centers = reference_points[:, :, None, :, None, :2]
@@ -67,6 +71,22 @@ def ms_deform_attn_projected(
     else:
         locations = centers + sampling_offsets * (reference_points[:, :, None, :, None, 2:] * (0.5 / points))
     return ms_deform_attn(value, spatial_shapes, locations, weights)
+
+
+def _check_projected(references: Tensor, offsets: Tensor, logits: Tensor) -> None:
+    if offsets.ndim != 6 or offsets.shape[-1] != 2:
+        raise ValueError(f"sampling_offsets has shape {tuple(offsets.shape)}; expected (B, Q, M, L, P, 2)")
+    batch, queries, heads, levels, points, _ = offsets.shape
+    if references.shape[:-1] != (batch, queries, levels) or references.shape[-1] not in (2, 4):
+        raise ValueError(
+            f"reference_points has shape {tuple(references.shape)}; expected (B, Q, L, 2) for points or (B, Q, L, 4) "
+            f"for boxes with B, Q, L = {batch}, {queries}, {levels}"
+        )
+    if logits.shape != (batch, queries, heads, levels * points):
+        raise ValueError(
+            f"attention_logits has shape {tuple(logits.shape)}; expected {(batch, queries, heads, levels * points)}, "
+            "B, Q, M and L * P of sampling_offsets"
+        )
 
 
 def _check(value: Tensor, shapes: tuple[Size, ...], locations: Tensor, weights: Tensor) -> None:

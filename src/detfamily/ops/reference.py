@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention in plain PyTorch: runs everywhere, and is what other backends are checked against."""
+"""Multi-scale deformable attention in plain PyTorch: runs everywhere, and other backends are checked against it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ def ms_deform_attn_reference(
 ) -> Tensor:
     """See ``ms_deform_attn``; one bilinear ``grid_sample`` per level, with the heads folded into the batch."""
     batch, _, heads, width = value.shape
-    queries, points = sampling_locations.shape[1], sampling_locations.shape[4]
+    queries = sampling_locations.shape[1]
+    # 16-bit values keep places of higher precision: 8 bits do not tell the cells of a large map apart
+    dtype = torch.promote_types(value.dtype, sampling_locations.dtype)
     # grid_sample counts from -1 to 1, and wants one sampling grid per image: (B * M, Q, P, 2) for each level
     grids = (2 * sampling_locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)
     weights = attention_weights.permute(3, 0, 2, 1, 4).flatten(1, 2)[:, :, None]
@@ -22,8 +24,8 @@ def ms_deform_attn_reference(
     output: Tensor | None = None
     for level, (h, w) in enumerate(spatial_shapes):
         sampled = F.grid_sample(
-            maps[level].reshape(batch * heads, width, h, w),
-            grids[level].to(value.dtype),
+            maps[level].reshape(batch * heads, width, h, w).to(dtype),
+            grids[level].to(dtype),
             mode="bilinear",
             padding_mode="zeros",
             align_corners=False,

@@ -74,7 +74,8 @@ def find_cases(folder: Path) -> list[Path]:
     Raises:
         DataError: there is none.
     """
-    found = sorted(path.parent for path in folder.rglob("case.json"))
+    # tensors without a case.json are a broken case, which must not go unnoticed
+    found = sorted({path.parent for name in ("case.json", "io.safetensors") for path in folder.rglob(name)})
     if not found:
         raise DataError(f"no golden case (a folder with a case.json) at or below {folder}")
     return found

@@ -7,13 +7,14 @@ import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from detfamily.errors import ConfigError, DataError, nearest
+from detfamily.errors import DataError, nearest
 from detfamily.parity import families
 from detfamily.parity.case import MUST_COMPARE, Case, find_cases, role_of
 from detfamily.parity.compare import detections_ratio, error_ratio
@@ -83,12 +84,16 @@ def report(verdicts: Sequence[Verdict], console: Console) -> bool:
         if one.error:
             console.print(f"{one.name}: {one.error}", markup=False)
         if one.missing:
-            console.print(f"{one.name}: {len(one.missing)} results not computed: {', '.join(one.missing[:8])}", markup=False)
+            console.print(f"{one.name}: {len(one.missing)} results not computed: {_few(one.missing)}", markup=False)
         if one.failed:
-            console.print(f"{one.name}: {len(one.failed)} beyond the limit: {', '.join(one.failed[:8])}", markup=False)
+            console.print(f"{one.name}: {len(one.failed)} beyond the limit: {_few(one.failed)}", markup=False)
         if not one.compared and not one.error:
             console.print(f"{one.name}: nothing to compare", markup=False)
     return bool(verdicts) and all(one.passed for one in verdicts)
+
+
+def _few(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def _judge(folder: Path) -> Verdict:
@@ -99,18 +104,17 @@ def _judge(folder: Path) -> Verdict:
         ours: dict[str, Tensor] = family.results(case)
         beside: dict[str, Tensor] = family.expected(case) if hasattr(family, "expected") else {}
         expected = {key: (value, role_of(key, case.folder)) for key, value in case.io.items()}
-    except (DataError, ConfigError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # whatever is wrong with one case must not hide the verdicts on the others
         verdict.error = f"{type(error).__name__}: {error}"
         return verdict
     expected |= {key: (value, "output") for key, value in beside.items()}
-    for key, (value, role) in expected.items():
-        _compare(verdict, key, value, role, {k: v for k, (v, _) in expected.items()} if role == "detections" else {}, ours)
+    stored = {key: value for key, (value, _) in expected.items()}
+    for key, (_, role) in expected.items():
+        _compare(verdict, key, role, stored, ours)
     return verdict
 
 
-def _compare(
-    verdict: Verdict, key: str, value: Tensor, role: str, everything: dict[str, Tensor], ours: dict[str, Tensor]
-) -> None:
+def _compare(verdict: Verdict, key: str, role: str, stored: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
     if role not in MUST_COMPARE:
         verdict.ignored[role] = verdict.ignored.get(role, 0) + 1
     elif key not in ours:
@@ -118,21 +122,19 @@ def _compare(
     elif role == "detections":
         image, _, part = key.rpartition(".")
         names = ("scores", "labels", "boxes")
-        if not all(f"{image}.{name}" in side for name in names for side in (everything, ours)):
+        if not all(f"{image}.{name}" in side for name in names for side in (stored, ours)):
             verdict.missing.append(key)
             return
         ratio, where = detections_ratio(
-            {name: everything[f"{image}.{name}"] for name in names}, {name: ours[f"{image}.{name}"] for name in names}
+            {name: stored[f"{image}.{name}"] for name in names}, {name: ours[f"{image}.{name}"] for name in names}
         )
         verdict.take(key, ratio if part == where or ratio == float("inf") else 0.0)
     else:
-        verdict.take(key, error_ratio(role, value, ours[key], key))
+        verdict.take(key, error_ratio(role, stored[key], ours[key], key))
 
 
-def _family(name: str):  # type: ignore[no-untyped-def]
+def _family(name: str) -> ModuleType:
     known = [module.name for module in pkgutil.iter_modules(families.__path__)]
     if name not in known:
         raise DataError(f"unknown family {name!r} (the name of the folder above the case); {nearest(name, known)}")
     return importlib.import_module(f"{families.__name__}.{name}")
-
-

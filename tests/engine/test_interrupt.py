@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from detfamily.engine.interrupt import Interruption
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_a_wish(number):
+    with Interruption() as interruption:
+        assert not interruption.wanted
+        os.kill(os.getpid(), number)
+        assert interruption.wanted and interruption.exit_code == 128 + number
+
+
+def test_the_second_ctrl_c_acts_at_once():
+    with Interruption(), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_handlers_are_put_back():
+    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    with Interruption():
+        assert signal.getsignal(signal.SIGTERM) != before[1]
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_it_may_be_entered_in_a_thread_that_gets_no_signals():
+    wanted = []
+
+    def work():
+        with Interruption() as interruption:
+            wanted.append(interruption.wanted)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert wanted == [False]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.parametrize(("number", "ended_by"), [(signal.SIGINT, None), (signal.SIGTERM, signal.SIGTERM)])
+def test_a_forked_worker_survives_ctrl_c_only(number, ended_by):
+    with Interruption() as interruption:
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), number)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert not interruption.wanted
+    assert (os.WTERMSIG(status) if os.WIFSIGNALED(status) else None) == ended_by

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import csv
+import json
+
+from detfamily.tracking.files import FilesTracker, read_rows
+from detfamily.tracking.tracker import RunInfo, Tracker, Trackers
+
+
+def started(folder, resumed_at=None):
+    tracker = FilesTracker()
+    tracker.start(RunInfo("toy", folder, {}, 3, resumed_at))
+    return tracker
+
+
+def test_epochs_and_steps_are_lines_and_epochs_a_table(tmp_path):
+    tracker = started(tmp_path)
+    tracker.log_step({"loss": 2.5}, step=5)
+    tracker.log_epoch({"loss": 2.0}, epoch=1, step=10)
+    tracker.log_epoch({"loss": 1.0, "AP/a, b": 0.5}, epoch=2, step=20)
+    assert read_rows(tmp_path / "train_steps.jsonl") == [{"step": 5, "loss": 2.5}]
+    assert read_rows(tmp_path / "metrics.jsonl") == [
+        {"epoch": 1, "step": 10, "loss": 2.0},
+        {"epoch": 2, "step": 20, "loss": 1.0, "AP/a, b": 0.5},
+    ]
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["AP/a, b"] for row in rows] == ["", "0.5"] and rows[1]["loss"] == "1.0"
+
+
+def test_what_is_not_finite_is_null_and_the_file_stays_json(tmp_path):
+    started(tmp_path).log_epoch({"loss": float("nan"), "AP": float("inf")}, epoch=1, step=1)
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=lambda name: 1 / 0) == {"epoch": 1, "step": 1, "loss": None, "AP": None}
+
+
+def test_a_resumed_run_replaces_what_comes_again(tmp_path):
+    tracker = started(tmp_path)
+    for step in (5, 10, 15):
+        tracker.log_step({"loss": 1.0}, step)
+    tracker.log_epoch({"loss": 1.0}, epoch=1, step=10)
+    tracker.log_epoch({"loss": 1.0}, epoch=2, step=20)
+    again = started(tmp_path, resumed_at=10)
+    again.log_step({"loss": 9.0}, 15)
+    again.log_epoch({"loss": 9.0}, epoch=2, step=20)
+    assert [(row["step"], row["loss"]) for row in read_rows(tmp_path / "train_steps.jsonl")] == [
+        (5, 1.0),
+        (10, 1.0),
+        (15, 9.0),
+    ]
+    assert [row["loss"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1.0, 9.0]
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 3
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
+    assert read_rows(tmp_path / "a.jsonl") == [{"step": 1}]
+    assert read_rows(tmp_path / "none.jsonl") == []
+
+
+def test_several_trackers_are_told_alike(tmp_path):
+    class Recorder(Tracker):
+        def __init__(self):
+            self.calls = []
+
+        def start(self, run):
+            self.calls.append(run.name)
+
+        def log_step(self, metrics, step):
+            self.calls.append(("step", step))
+
+        def log_epoch(self, metrics, epoch, step):
+            self.calls.append(("epoch", epoch, step))
+
+        def log_image(self, name, path, step):
+            self.calls.append((name, step))
+
+        def finish(self):
+            self.calls.append("finish")
+
+    both = [Recorder(), Recorder()]
+    trackers = Trackers([*both, Tracker()])
+    trackers.start(RunInfo("toy", tmp_path, {}, 1))
+    trackers.log_step({}, 1)
+    trackers.log_epoch({}, 1, 2)
+    trackers.log_image("curves", tmp_path, 2)
+    trackers.finish()
+    assert both[0].calls == both[1].calls == ["toy", ("step", 1), ("epoch", 1, 2), ("curves", 2), "finish"]
