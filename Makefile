@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 	$(BIN)/detfamily train experiment=demo
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -135,7 +135,7 @@ def test_the_schedule_is_the_published_one(name):
     schedule: Schedule = build(cfg.schedule)
     gpus = images_a_step // per_gpu
     made = plan(schedule, build(cfg.runtime), gpus, COCO_TRAIN)
-    assert (made.batch_size_per_device, made.accumulate) == (per_gpu, 1)
+    assert (made.batch_size_per_device, made.accumulation) == (per_gpu, 1)
     assert made.total_steps == epochs * (COCO_TRAIN // images_a_step)
     at_drop = drop * made.steps_per_epoch
     factors = [
@@ -196,7 +196,7 @@ def assert_official_rates(detector: Detector, recipe: AdamW, family: str) -> Non
     rates = {name: torch.tensor(-1.0) for name, _ in detector.named_parameters()}
     for group, members in assign(detector, recipe.groups).items():
         rates |= {name: torch.tensor(recipe.settings_of(group)[0]) for name in members}
-    shaped = {name: rates[name].expand(one.shape) for name, one in detector.named_parameters()}
+    shaped = {name: rates[name].reshape([1] * one.ndim) for name, one in detector.named_parameters()}
     official = adapter_for(family, detector).to_official(shaped)
     frozen = {name for name, rate in official.items() if (rate == -1).all()}
     stem = "backbone.0.body."

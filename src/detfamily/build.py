@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from detfamily.attention import DenseAttention
 from detfamily.blocks.decoder import Decoder
+from detfamily.blocks.position import Nowhere
 from detfamily.blocks.postprocess import SoftmaxScores
 from detfamily.config import build
 from detfamily.criterion import Criterion
@@ -106,6 +108,12 @@ def check_blocks(detector: Detector) -> None:
                     f"{name}=ms_deform samples around reference points, and this query source has none: use "
                     "query_source=learned_points, or query_source=proposals with decoder=refine"
                 )
+    lost = isinstance(detector.encoder_position, Nowhere) and not isinstance(detector.level_embed, nn.Identity)
+    if lost and not any(isinstance(one, DenseAttention) for _, found in _attentions(decoder)[1:] for one in found):
+        raise ConfigError(
+            "encoder_position=none leaves the level embedding without a reader (deformable cross-attention adds no "
+            "positions to what it samples): add level_embed=none"
+        )
 
 
 def _attentions(decoder: Decoder) -> Sequence[tuple[str, list[nn.Module]]]:

@@ -322,7 +322,7 @@ def broken_step(monkeypatch):
         before = [parameter.detach().clone() for parameter in trainer.detector.parameters()]
         step(trainer, batches)
         seen[trainer.step] = (before, [parameter.detach().clone() for parameter in trainer.detector.parameters()])
-        seen["images"] = seen.get("images", []) + [[i for b in batches for i in b.images.image_ids]]
+        seen.setdefault("images", []).append([i for b in batches for i in b.images.image_ids])
 
     monkeypatch.setattr(Trainer, "forward", broken)
     monkeypatch.setattr(Trainer, "train_step", record)

@@ -261,8 +261,8 @@ def by_name(trained: LabelMap, present: LabelMap, world: World) -> LabelMap:
     common = {name for name in trained.names if name in ids}
     if not common:
         raise DataError(
-            f"the checkpoint knows {label_words(trained.names)}; the data set has {label_words(present.names)}: not one "
-            "class in common"
+            f"the checkpoint knows {label_words(trained.names)}; the data set has {label_words(present.names)}: "
+            "not one class in common"
         )
     for words, names in (
         ("the data set does not have, so they are left out", set(trained.names) - common - {None}),
@@ -283,52 +283,9 @@ def new_evaluator(cfg: DictConfig, data: Any, label_map: LabelMap) -> CocoEvalua
 
 def evaluation_batch_size(cfg: DictConfig, world: World) -> int:
     """Images that a process evaluates at once: the setting, else as many as it trains on at once."""
-    choices = (cfg.evaluation.batch_size, cfg.runtime.batch_size_per_device, cfg.schedule.total_batch_size // world.size)
+    share = cfg.schedule.total_batch_size // world.size
+    choices = (cfg.evaluation.batch_size, cfg.runtime.batch_size_per_device, max(1, share))
     size = int(next(one for one in choices if one is not None))
-    if size < 1:
-        raise ConfigError(f"evaluation.batch_size is {size}; expected 1 or more, or null for as in training")
-    return size
-
-
-def by_name(trained: LabelMap, present: LabelMap, world: World) -> LabelMap:
-    """The classes that a model was trained on, with the category ids of another data set.
-
-    Names decide: two data sets may number the same classes differently, or different classes alike. Columns of classes
-    that the data set does not have stand for nothing, and their detections are dropped.
-
-    Raises:
-        DataError: not one class in common.
-    """
-    if trained == present:
-        return trained
-    ids = {name: one for name, one in zip(present.names, present.category_ids, strict=True) if name is not None}
-    common = {name for name in trained.names if name in ids}
-    if not common:
-        raise DataError(
-            f"the checkpoint knows {label_words(trained.names)}; the data set has {label_words(present.names)}: not one "
-            "class in common"
-        )
-    for words, names in (
-        ("the data set does not have, so they are left out", set(trained.names) - common - {None}),
-        ("the checkpoint does not know, so they are missed", set(ids) - common),
-    ):
-        if names:
-            world.say(f"warning: classes that {words}: {label_words(sorted(str(name) for name in names))}")
-    return LabelMap(
-        tuple(ids[name] if name in common and name is not None else None for name in trained.names),
-        tuple(name if name in common else None for name in trained.names),
-    )
-
-
-def new_evaluator(cfg: DictConfig, data: Any, label_map: LabelMap) -> CocoEvaluator:
-    """An empty evaluator of a data set, for a model that knows these labels."""
-    return CocoEvaluator(data.validation_annotations, label_map, data.area_ranges, cfg.evaluation.backend)
-
-
-def evaluation_batch_size(cfg: DictConfig, world: World) -> int:
-    """Images that a process evaluates at once: the setting, else as many as it trains on at once."""
-    given = cfg.evaluation.batch_size or cfg.runtime.batch_size_per_device
-    size = int(given or max(1, cfg.schedule.total_batch_size // world.size))
     if size < 1:
         raise ConfigError(f"evaluation.batch_size is {size}; expected 1 or more, or null for as in training")
     return size

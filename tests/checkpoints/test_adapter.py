@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from detfamily.checkpoints.adapter import Adapter, Join, Rename
+from detfamily.errors import CheckpointError
+
+ADAPTER = Adapter(
+    [
+        Rename("heads.0.{rest}", ("head.0.{rest}", "head.1.{rest}", "decoder.head.0.{rest}")),
+        Rename("layers.{n}.norm.{rest}", ("blocks.{n}.norm1.{rest}",)),
+        Join(("pos", "content"), "queries.weight", dim=1),
+    ],
+    ignored=[r"\.num_batches_tracked$"],
+)
+
+
+def test_there_and_back_with_every_copy() -> None:
+    ours = {
+        "heads.0.weight": torch.randn(2, 3),
+        "layers.12.norm.bias": torch.randn(4),
+        "pos": torch.randn(5, 2),
+        "content": torch.randn(5, 2),
+    }
+    official = ADAPTER.to_official(ours)
+    assert set(official) == {
+        *("head.0.weight", "head.1.weight", "decoder.head.0.weight"),
+        *("blocks.12.norm1.bias", "queries.weight"),
+    }
+    assert torch.equal(official["head.1.weight"], ours["heads.0.weight"])
+    assert torch.equal(official["queries.weight"], torch.cat([ours["pos"], ours["content"]], 1))
+    back = ADAPTER.to_ours(official)
+    assert set(back) == set(ours)
+    for name, value in back.items():
+        assert torch.equal(value, ours[name]), name
+
+
+def test_copies_that_differ_are_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"head\.1\.weight should be a copy of what heads\.0\.weight has already"):
+        ADAPTER.to_ours({"head.0.weight": torch.zeros(3), "head.1.weight": torch.tensor([0.0, 0.0, 1e-7])})
+
+
+def test_unknown_names_are_listed() -> None:
+    with pytest.raises(CheckpointError, match=r"without a counterpart: head\.2\.weight, blocks\.x\.norm1\.bias$"):
+        ADAPTER.to_ours({name: torch.zeros(1) for name in ("head.2.weight", "head.0.weight", "blocks.x.norm1.bias")})
+    with pytest.raises(CheckpointError, match=r"our names without an official counterpart: heads\.1\.weight$"):
+        ADAPTER.to_official({"heads.1.weight": torch.zeros(1), "layers.0.norm.bias": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=r"a7 and 12 more$"):
+        ADAPTER.to_ours({f"a{index}": torch.zeros(1) for index in range(20)})
+
+
+def test_names_fit_as_a_whole() -> None:
+    """A dot is a dot, and a number a number."""
+    for name in ("blocks.1xnorm1.bias", "my.blocks.1.norm1.bias", "blocks.one.norm1.bias", "blocks.1.norm1"):
+        with pytest.raises(CheckpointError, match="without a counterpart"):
+            ADAPTER.to_ours({name: torch.zeros(1)})
+
+
+def test_what_may_be_ignored_is() -> None:
+    assert ADAPTER.to_ours({"bn.num_batches_tracked": torch.zeros(1)}) == {}
+
+
+def test_a_part_of_a_joined_tensor_is_missing() -> None:
+    with pytest.raises(CheckpointError, match=r"queries\.weight is made of \['pos', 'content'\], and \['content'\]"):
+        ADAPTER.to_official({"pos": torch.zeros(1, 2)})

@@ -1,0 +1,306 @@
+"""Every row of the ablation tables and every choice of every config group: composed, built small, one step."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from omegaconf import DictConfig
+
+from detfamily.attention import MSDeformAttention
+from detfamily.build import build_criterion, build_detector, build_postprocess
+from detfamily.config import build, compose, configs_dir, groups, groups_of, to_container, validate
+from detfamily.data.transforms import Sample
+from detfamily.detector import Detector
+from detfamily.engine.optim import AdamW, clip_gradients
+from detfamily.engine.runtime import plan
+from detfamily.structures import Images, Targets
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLES = sorted((ROOT / "experiments").glob("*/*.yaml"))
+
+SMALL = (
+    "model.embed_dim=32",
+    "model.num_heads=4",
+    "model.ffn_dim=32",
+    "model.num_queries=10",
+    "encoder.num_layers=2",
+    "decoder.num_layers=2",
+)
+CLASSES = 5
+SIZES = ((96, 64), (64, 96))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small are many times slower with more threads where other processes want the cores, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@functools.cache
+def table(file: Path) -> dict[str, Any]:
+    return yaml.safe_load(file.read_text())
+
+
+def rows() -> list[Any]:
+    return [
+        pytest.param(file, row, id=f"{file.parent.name}/{file.stem}/{row['label']}")
+        for file in TABLES
+        for row in table(file)["rows"]
+    ]
+
+
+# The form of the tables
+
+
+@pytest.mark.parametrize("file", TABLES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_a_table_is_well_formed(file):
+    one = table(file)
+    assert set(one) - {"not_expressed"} == {"title", "claim", "source", "base", "baseline", "rows"}
+    assert one["base"] in groups()["experiment"]
+    labels = [row["label"] for row in one["rows"]]
+    assert len(set(labels)) == len(labels) > 1 and one["baseline"] in labels
+    trained = [row["label"] for row in one["rows"] if "weights_of" not in row]
+    for row in one["rows"]:
+        assert set(row) <= {"label", "overrides", "published", "difference", "weights_of", "note"}
+        assert row.get("weights_of", trained[0]) in trained
+        assert set(row.get("published", {})) <= {"AP", "AP50", "AP75", "APs", "APm", "APl", "params_m", "gflops"}
+        assert set(row.get("difference", {})) <= {"AP", "AP50"}
+        assert any(key in row for key in ("published", "difference", "note"))
+        if "weights_of" in row:  # Evaluated only, so nothing may change what is trained.
+            assert all(override.startswith("postprocess.") for override in row["overrides"])
+    for row in one.get("not_expressed", []):
+        assert {"label", "reason"} <= set(row) <= {"label", "reason", "published"}
+
+
+@pytest.mark.parametrize("file", TABLES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_the_baseline_is_the_published_recipe(file):
+    one = table(file)
+    baseline = next(row for row in one["rows"] if row["label"] == one["baseline"])
+    assert baseline["overrides"] == []
+    recipe = yaml.safe_load((ROOT / "configs/experiment" / f"{one['base']}.yaml").read_text())
+    assert any(baseline["published"].items() <= entry.items() for entry in recipe["published"])
+
+
+def test_every_table_of_the_papers_is_there():
+    """DETR: tables 2 to 4 and the numbers of section 4. Deformable DETR: tables 1 and 2, and what its README adds."""
+    assert {f"{file.parent.name}/{file.stem}": len(table(file)["rows"]) for file in TABLES} == {
+        "detr/encoder_depth": 4,
+        "detr/decoder_layers": 8,
+        "detr/ffn": 2,
+        "detr/positions": 5,
+        "detr/losses": 3,
+        "detr/details": 4,
+        "deformable_detr/against_detr": 5,
+        "deformable_detr/epochs": 3,
+        "deformable_detr/attention": 6,
+        "deformable_detr/variants": 3,
+        "deformable_detr/scales": 3,
+    }
+
+
+# The rows
+
+
+def small_row(file: Path, row: dict[str, Any]) -> DictConfig:
+    """The row's config with what it changes, and all else small."""
+    return small(table(file)["base"], tuple(row["overrides"]))
+
+
+@functools.cache
+def small(base: str, overrides: tuple[str, ...]) -> DictConfig:
+    first = [f"experiment={base}", "data.root=.", *SMALL]
+    if not any("dc5" in one or "dilation" in one for one in overrides):
+        first.append("backbone=small")  # The small one cannot be dilated.
+    if any(one.startswith("postprocess.layer") for one in overrides):
+        first.append("decoder.num_layers=6")
+    return compose("train", [*first, *overrides])
+
+
+@pytest.mark.parametrize(("file", "row"), rows())
+def test_a_row_composes_builds_and_steps(file, row):
+    check(small_row(file, row))
+
+
+@pytest.mark.parametrize("file", TABLES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_no_two_rows_are_the_same(file):
+    configs = [to_container(small_row(file, row)) for row in table(file)["rows"]]
+    assert all(one != other for index, one in enumerate(configs) for other in configs[:index])
+
+
+def counted_rows() -> list[Any]:
+    """Rows with a published number of parameters, but for whole recipes, which have tests of their own."""
+    return [
+        one
+        for one in rows()
+        if "params_m" in one.values[1].get("published", {})
+        and not all(text.startswith("experiment=") for text in one.values[1]["overrides"])
+    ]
+
+
+@pytest.mark.parametrize(("file", "row"), counted_rows())
+def test_a_row_has_the_published_number_of_parameters(file, row):
+    cfg = compose("train", [f"experiment={table(file)['base']}", "data.root=.", *row["overrides"]])
+    with torch.device("meta"):
+        detector = build_detector(cfg, 91, pretrained=False)
+    millions = sum(one.numel() for one in detector.parameters() if one.requires_grad) / 1e6
+    published = row["published"]["params_m"]
+    assert round(millions, 1 if isinstance(published, float) else None) == published
+
+
+# The choices of the config groups
+
+NEEDS = {
+    # what a choice needs beside it
+    "backbone=timm": ["backbone.name=test_resnet"],
+    "query_source=learned": ["cross_attention=dense"],
+    "query_source=learned_at_input": ["cross_attention=dense"],
+    "query_source=proposals": ["decoder=refine"],
+    "encoder_position=none": ["level_embed=none"],  # Nothing would read it.
+    "data=coco": ["data.root=."],
+    "data=coco_mini": ["data.root=."],
+}
+
+SHAPES_ONLY = ("backbone=resnet101", "backbone=resnext101_64x4d")
+"""Too large for a step in a quick test: they run without memory or numbers, on the meta device."""
+
+
+FAMILY = "deformable_detr"
+
+
+def defaults() -> dict[str, str]:
+    """The choice of each group that the family makes."""
+    train = yaml.safe_load((configs_dir() / "train.yaml").read_text())["defaults"]
+    family = yaml.safe_load((configs_dir() / f"family/{FAMILY}.yaml").read_text())["defaults"]
+    made = {group: name for one in train if isinstance(one, dict) for group, name in one.items()}
+    made |= {key.removeprefix("override /"): name for one in family for key, name in one.items()}
+    return {group: made[group] for group in groups_of("train") if group != "experiment"} | {"family": FAMILY}
+
+
+def choices() -> list[str]:
+    """Every choice of every group; experiments are recipes, which have tests of their own, or our two small ones."""
+    made = defaults()
+    others = [f"{group}={name}" for group in made for name in groups()[group] if name != made[group]]
+    return [*others, f"backbone={made['backbone']}", "experiment=demo", "experiment=overfit"]
+
+
+def test_the_defaults_compose_build_and_step():
+    """All choices that the family makes, each named; the backbone has its turn below."""
+    named = [f"{group}={name}" for group, name in (defaults() | {"backbone": "small"}).items()]
+    check(compose("train", [*named, *SMALL]))
+
+
+@pytest.mark.parametrize("choice", choices())
+def test_a_choice_composes_builds_and_steps(choice):
+    if choice == "backbone=timm":
+        pytest.importorskip("timm")
+    first = [] if choice.startswith("experiment") else [f"family={FAMILY}", "backbone=small"]
+    cfg = compose("train", [*first, *SMALL, choice, *NEEDS.get(choice, [])])
+    check(cfg, shapes_only=choice in SHAPES_ONLY)
+
+
+# What is checked
+
+
+def check(cfg: DictConfig, shapes_only: bool = False) -> None:
+    validate(cfg)
+    check_run(cfg)
+    if shapes_only:
+        check_shapes(cfg)
+    else:
+        check_step(cfg)
+
+
+def batch() -> tuple[Images, Targets]:
+    """Two images of different size, one of them without objects."""
+    height, width = (max(sides) for sides in zip(*SIZES, strict=True))
+    padding = torch.ones(2, height, width, dtype=torch.bool)
+    for mask, (h, w) in zip(padding, SIZES, strict=True):
+        mask[:h, :w] = False
+    pixels = torch.randint(0, 256, (2, 3, height, width), generator=torch.Generator().manual_seed(0)).byte()
+    boxes = torch.tensor([[0.3, 0.4, 0.2, 0.3], [0.6, 0.5, 0.5, 0.4], [0.7, 0.7, 0.2, 0.2]])
+    targets = Targets.from_lists([torch.tensor([1, 4, 1]), torch.zeros(0).long()], [boxes, boxes[:0]], [7, 8])
+    return Images(pixels, padding, SIZES, SIZES, (7, 8)), targets
+
+
+def check_step(cfg: DictConfig) -> None:
+    """One optimiser step of the recipe: finite, with a gradient for all that learns; then detections."""
+    torch.manual_seed(0)
+    detector = build_detector(cfg, CLASSES, pretrained=False).train()
+    off_zero(detector)
+    recipe: AdamW = build(cfg.optimizer)
+    optimizer = recipe.build(detector)
+    images, targets = batch()
+    losses = build_criterion(cfg)(detector(images), targets)
+    assert losses.total.isfinite() and losses.total > 0
+    losses.total.backward()
+    check_gradients(detector)
+    norm = clip_gradients(detector.parameters(), recipe.clip_norm)
+    assert norm.isfinite() and norm > 0
+    optimizer.step()
+    check_detections(cfg, detector, images)
+
+
+@torch.no_grad()
+def off_zero(detector: Detector) -> None:
+    """Some weights start at zero, and hide from the first gradient what lies before them."""
+    for one in detector.parameters():
+        one.add_(0.02 * torch.randn_like(one))
+
+
+def check_gradients(detector: Detector) -> None:
+    """A gradient for every parameter that is not frozen, but for the weight of a single sampled point, which is 1."""
+    single = [
+        name
+        for name, module in detector.named_modules()
+        if isinstance(module, MSDeformAttention) and module.num_levels * module.num_points == 1
+    ]
+    idle = tuple(f"{name}.attention_weights." for name in single)
+    for name, one in detector.named_parameters():
+        if not one.requires_grad:
+            assert one.grad is None, name
+        elif not name.startswith(idle):
+            assert one.grad is not None and one.grad.any(), f"no gradient reaches {name}"
+
+
+@torch.no_grad()
+def check_detections(cfg: DictConfig, detector: Detector, images: Images) -> None:
+    found = build_postprocess(cfg)(detector.eval()(images), images)
+    assert len(found) == len(images)
+    for one in found:
+        count = len(one.scores)
+        assert one.labels.shape == (count,) and one.boxes_xyxy.shape == (count, 4)
+        assert ((one.scores >= 0) & (one.scores <= 1)).all() and ((one.labels >= 0) & (one.labels < CLASSES)).all()
+
+
+@torch.no_grad()
+def check_shapes(cfg: DictConfig) -> None:
+    with torch.device("meta"):
+        detector = build_detector(cfg, CLASSES, pretrained=False).eval()
+        pixels, mask = torch.zeros(2, 3, 96, 96, dtype=torch.uint8), torch.zeros(2, 96, 96, dtype=torch.bool)
+        predictions = detector(Images(pixels, mask, SIZES, SIZES, (7, 8)))["match"]
+    layers, queries = cfg.decoder.num_layers, cfg.model.num_queries
+    assert predictions.logits.shape[:3] == predictions.boxes.shape[:3] == (layers, 2, queries)
+
+
+def check_run(cfg: DictConfig) -> None:
+    """What is not the model: a plan can be made, and augmentations take an image with and one without objects."""
+    made = plan(build(cfg.schedule), build(cfg.runtime), 1, 100_000)
+    assert made.total_batch_size == cfg.schedule.total_batch_size
+    transforms = [build(cfg.augmentation.train), build(cfg.augmentation.test)]
+    for transform in transforms:
+        for count in (2, 0):
+            boxes = torch.tensor([[4.0, 6.0, 30.0, 20.0], [10.0, 1.0, 40.0, 30.0]])[:count]
+            labels = torch.zeros(count, dtype=torch.int64)
+            image = torch.zeros(3, 40, 50, dtype=torch.uint8)
+            sample = Sample(image, boxes, labels, torch.ones(count), labels, 7, (40, 50))
+            result = transform(sample, torch.Generator().manual_seed(0))
+            assert result.image.dtype == torch.uint8 and result.image.ndim == 3
+            assert len(result.boxes) == len(result.labels) <= count
