@@ -26,7 +26,7 @@ def seen(monkeypatch, tmp_path) -> list:
         "layer: {_target_: torch.nn.Linear, in_features: '${width}', out_features: 2}\n"
     )
     collected: list = []
-    monkeypatch.setattr("detfamily.config.configs_dir", lambda: tmp_path)
+    monkeypatch.setattr("detfamily.config.registry.configs_dir", lambda: tmp_path)
     monkeypatch.setattr(cli, "run_toy", collected.append, raising=False)
     toy = cli.Command("toy", "does next to nothing", "toy", "detfamily.cli:run_toy", ("size=large seed=3",))
     monkeypatch.setitem(cli.COMMANDS, "toy", toy)

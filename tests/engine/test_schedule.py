@@ -47,9 +47,11 @@ def test_no_warmup_starts_at_full_rate(schedule):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: StepSchedule(epochs=12, drop_epochs=[40], total_batch_size=2), r"40.*12 epochs.*drop_epochs=\[10\]"),
+        (lambda: StepSchedule(epochs=12, drop_epochs=[40], total_batch_size=2), r"40.*12 epochs.*drop_epochs=\[10\] "),
+        (lambda: StepSchedule(epochs=2, drop_epochs=[40], total_batch_size=2), r"drop_epochs=\[1\] "),
+        (lambda: StepSchedule(epochs=1, drop_epochs=[40], total_batch_size=2), r"drop_epochs=\[\] never"),
         (lambda: StepSchedule(epochs=12, drop_epochs=[12], total_batch_size=2), "never take effect"),
-        (lambda: StepSchedule(epochs=12, drop_epochs=[0], total_batch_size=2), "from 1 to 11"),
+        (lambda: StepSchedule(epochs=12, drop_epochs=[0], total_batch_size=2), "has 0, but"),
         (lambda: StepSchedule(epochs=12, drop_epochs=[4], drop_factor=0, total_batch_size=2), "drop_factor"),
         (lambda: StepSchedule(epochs=0, total_batch_size=2), "epochs is 0"),
         (lambda: StepSchedule(epochs=1, total_batch_size=0), "total_batch_size is 0"),

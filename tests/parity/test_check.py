@@ -219,7 +219,9 @@ def test_a_case_that_stores_nothing_to_compare_fails(copy_of: Copy) -> None:
     assert not passed and "nothing to compare" in text
 
 
-def test_exit_codes_of_the_script(copy_of: Copy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_exit_codes_of_the_script(
+    copy_of: Copy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     good, bad = copy_of("coco_eval/basic"), copy_of("coco_eval/b")
     info = json.loads((bad / "case.json").read_text())
     info["AP_per_category"][next(iter(info["AP_per_category"]))] += 0.01
@@ -234,8 +236,10 @@ def test_exit_codes_of_the_script(copy_of: Copy, monkeypatch: pytest.MonkeyPatch
     )
     assert done.returncode == 1, done.stderr
     assert re.search(r"coco_eval/b\b.*FAILED", done.stdout) and re.search(r"coco_eval/basic\b.*ok", done.stdout)
-    for folder, code in ((good, 0), (tmp_path / "elsewhere", 1)):
+    monkeypatch.chdir(good)
+    for folder, code, said in ((".", 0, "coco_eval/basic"), (tmp_path / "elsewhere", 1, "no golden case")):
         monkeypatch.setattr(sys, "argv", ["check_goldens.py", str(folder)])
         with pytest.raises(SystemExit) as stopped:
             runpy.run_path(str(SCRIPT), run_name="__main__")
-        assert stopped.value.code == code
+        captured = capsys.readouterr()
+        assert stopped.value.code == code and said in captured.out + captured.err

@@ -185,6 +185,7 @@ class FiniteGuard:
     The device decides itself (``board``); what it decided rides to the host with the next step's matching (``look``).
 
     Args:
+        world: the processes, which all decide alike; the main one reports.
         skip: report and go on; otherwise the first report is an error.
         scaled: gradients are scaled for float16. A gradient that overflows is then the scaler's daily business, and
             only reported when it does not end.
@@ -193,31 +194,28 @@ class FiniteGuard:
     # More in a row than a scale of 2 ** 16 needs to come down to nothing: it is the weights that are broken.
     PATIENCE = 40
 
-    def __init__(self, skip: bool, scaled: bool = False) -> None:
-        self.skip, self.scaled = skip, scaled
+    def __init__(self, world: World, skip: bool, scaled: bool = False) -> None:
+        self.world, self.skip, self.scaled = world, skip, scaled
         self.flags: Tensor | None = None
         self.in_a_row = 0
         self._step = 0
         self._image_ids: list[int] = []
 
-    def board(self, loss: Tensor, norm: Tensor, world: World, step: int, image_ids: list[int]) -> Tensor:
+    def board(self, loss: Tensor, norm: Tensor, step: int, image_ids: Sequence[int]) -> Tensor:
         """Judge a step.
 
         Args:
             loss: scalar, of this process.
             norm: scalar, of the averaged gradients.
-            world: the processes, which must all decide alike.
             step: counted from 1, for the report.
-            image_ids: images of this step in this process, for the report.
+            image_ids: images of this step in all processes, for the report.
 
         Returns:
             Scalar bool tensor: whether the update may be made.
         """
-        own = torch.stack([loss.isfinite(), norm.isfinite()]).float()
-        everyone = world.minimum(own.clone())
-        self.flags = torch.cat([own[:1], everyone])
-        self._step, self._image_ids = step, image_ids
-        return everyone.min() > 0
+        self.flags = self.world.minimum(torch.stack([loss.isfinite(), norm.isfinite()]).float())
+        self._step, self._image_ids = step, list(image_ids)
+        return self.flags.min() > 0
 
     def look(self, ride: Any = None) -> None:
         """Report on the step that was judged last, once.
@@ -230,17 +228,17 @@ class FiniteGuard:
         """
         if self.flags is None:
             return
-        mine, losses, gradient = (self.flags if ride is None else ride).tolist()
+        loss, gradient = (self.flags if ride is None else ride).tolist()
         self.flags = None
-        if losses and gradient:
+        if loss and gradient:
             self.in_a_row = 0
             return
         self.in_a_row += 1
-        if losses and self.scaled and self.in_a_row < self.PATIENCE:
+        if loss and self.scaled and self.in_a_row < self.PATIENCE:
             return
-        what = "the loss" if not losses else "a gradient"
-        where = "in another process" if mine and not losses else f"images {', '.join(map(str, self._image_ids))}"
-        text = f"step {self._step}: {what} is not finite ({where}); the weights were left as they were"
+        what = "a gradient" if loss else "the loss"
+        images = ", ".join(map(str, self._image_ids))
+        text = f"step {self._step}: {what} is not finite (images {images}); the weights were left as they were"
         if self.in_a_row >= self.PATIENCE:
             raise NonFiniteError(f"{text}. That is {self.in_a_row} steps in a row: the learning rate may be too high")
         if not self.skip:
@@ -248,7 +246,7 @@ class FiniteGuard:
                 f"{text}. To leave such steps out and go on: runtime.on_non_finite=skip. Often the learning rate is "
                 "too high, or runtime.precision=fp16 overflows (bf16 does not)"
             )
-        print(text, flush=True)
+        self.world.say(text)
 
 
 def moments(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, dict[str, Tensor]]:

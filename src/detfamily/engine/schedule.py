@@ -81,10 +81,12 @@ class StepSchedule(Schedule):
         super().__post_init__()
         for drop in self.drop_epochs:
             if not 0 < drop < self.epochs:
+                last = self.epochs - 1
+                after = min(last, max(1, round(0.8 * self.epochs)))
+                fifths = f"[{after}] drops after four fifths as most papers do, " if last else ""
                 raise ConfigError(
-                    f"schedule.drop_epochs has {drop}, but the run has {self.epochs} epochs, so that drop would never "
-                    f"take effect; choose from 1 to {self.epochs - 1} (the papers drop after four fifths: "
-                    f"schedule.drop_epochs=[{max(1, round(0.8 * self.epochs))}]), or none: schedule.drop_epochs=[]"
+                    f"schedule.drop_epochs has {drop}, but the run has {self.epochs} epochs: that drop would never "
+                    f"take effect; schedule.drop_epochs={fifths}[] never"
                 )
         if not 0 < self.drop_factor <= 1:
             raise ConfigError(f"schedule.drop_factor is {self.drop_factor}; expected more than 0 and at most 1")

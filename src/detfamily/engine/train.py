@@ -120,7 +120,7 @@ class Trainer:
         self.optimizer = self.recipe.build(self.detector)
         self.ema = None if self.recipe.ema_decay is None else Ema(self.detector, self.recipe.ema_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=runtime.precision == "fp16")
-        self.guard = FiniteGuard(skip=runtime.on_non_finite == "skip", scaled=runtime.precision == "fp16")
+        self.guard = FiniteGuard(world, runtime.on_non_finite == "skip", scaled=runtime.precision == "fp16")
         self.meter = LossMeter(world)
         if runtime.compile:
             self.detector.compile()
@@ -206,7 +206,7 @@ class Trainer:
 
     def train_step(self, batches: list[Batch]) -> None:
         """One optimiser step from all its micro-batches."""
-        normalizer = self.normalizer(batches)
+        normalizer, image_ids = self.meet(batches)
         total: Tensor | None = None
         for index, batch in enumerate(batches):
             with self.averaging_gradients(index == len(batches) - 1):
@@ -220,7 +220,7 @@ class Trainer:
             self.meter.add(losses.parts)
         assert total is not None
         self.check_reached()
-        norm = self.update(total, [one for batch in batches for one in batch.images.image_ids])
+        norm = self.update(total, image_ids)
         self.meter.add({"loss": total, "gradient_norm": norm})
         self.meter.step_done()
 
@@ -234,14 +234,14 @@ class Trainer:
         except NonFiniteError as error:
             if not self.guard.skip:
                 raise
-            print(f"step {self.step + 1}: {error}; the update is left out", flush=True)
+            self.world.say(f"step {self.step + 1}: {error}; the update is left out")
             return Losses(_poisoned(predictions), {}, {})
 
     def update(self, total: Tensor, image_ids: list[int]) -> Tensor:
         """Clip, and move the weights unless something is not finite; returns the gradients' norm."""
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.detector.parameters(), self.recipe.clip_norm)
-        finite = self.guard.board(total, norm, self.world, self.step + 1, image_ids)
+        finite = self.guard.board(total, norm, self.step + 1, image_ids)
         set_lr(self.optimizer, self.factor(self.step))
         gated_step(self.optimizer, finite)
         self.scaler.update()
@@ -250,16 +250,18 @@ class Trainer:
             self.ema.update(self.detector)
         return norm
 
-    def normalizer(self, batches: list[Batch]) -> Normalizer:
-        """The object counts of all images of this step, over all processes; the wish to stop travels with them.
+    def meet(self, batches: list[Batch]) -> tuple[Normalizer, list[int]]:
+        """What all processes must know of a step: everyone's object counts and images, and the wish to stop.
 
-        They travel between the hosts, so that the device need not wait, and every process stops after the same step.
+        This travels between the hosts, so that the device need not wait, and every process stops after the same step.
         """
         counts = [count for batch in batches for count in batch.targets.counts]
-        rows = self.world.gather_numbers([*counts, float(self.interruption.wanted)])
-        self.stop_wanted = any(row[-1] for row in rows)
-        everyone = torch.tensor([count for row in rows for count in row[:-1]], dtype=torch.float32)
-        return Normalizer(everyone.to(self.device, non_blocking=True), self.world.size)
+        ids = [one for batch in batches for one in batch.images.image_ids]
+        rows = self.world.gather_numbers([float(self.interruption.wanted), *counts, *ids])
+        self.stop_wanted = any(row[0] for row in rows)
+        everyone = torch.tensor([count for row in rows for count in row[1 : 1 + len(counts)]], dtype=torch.float32)
+        normalizer = Normalizer(everyone.to(self.device, non_blocking=True), self.world.size)
+        return normalizer, [int(one) for row in rows for one in row[1 + len(counts) :]]
 
     def averaging_gradients(self, last: bool) -> AbstractContextManager[Any]:
         """Let the processes average their gradients in the last backward of a step only."""

@@ -97,7 +97,8 @@ def _few(names: Sequence[str], most: int = 8) -> str:
 
 
 def _judge(folder: Path) -> Verdict:
-    verdict = Verdict(f"{folder.resolve().parent.name}/{folder.name}")
+    folder = folder.resolve()
+    verdict = Verdict(f"{folder.parent.name}/{folder.name}")
     try:
         case = Case.load(folder)
         family = _family(case.family)

@@ -1,0 +1,151 @@
+"""Composition: from groups, presets and the overrides of a command line to one config."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from detfamily.config.containers import MISSING, Problem, as_written, dotted, nested, raise_all, to_container, walk
+from detfamily.config.overrides import Registry, choice, chooses, read_override, set_field
+from detfamily.config.plain_values import plain_value_problems
+from detfamily.config.registry import folder_of, groups, read_yaml, stamps
+from detfamily.errors import ConfigError, nearest
+
+PRESETS = ("family", "experiment", "local")
+"""Groups whose choices only set what others declare: a field that they would add is a typo."""
+
+
+class _Part(NamedTuple):
+    """One file of a composition."""
+
+    path: str
+    """Inside the configs folder, without the suffix."""
+    body: dict[str, Any]
+    """What it says, where it says it."""
+
+    @property
+    def preset(self) -> bool:
+        return self.path.split("/")[0] in PRESETS
+
+
+def compose(config_name: str, overrides: Sequence[str] = (), configs: Path | None = None) -> DictConfig:
+    """Compose a primary config from its groups and the overrides of a command line.
+
+    Hydra decides which files make the config, in which order; fields are set here, one by one, so that each error can
+    say which override it is about. Interpolations stay as they are, so a value set later still reaches all that refer
+    to it. ``validate`` is the other half of the check.
+
+    Args:
+        config_name: a YAML file of the configs folder, without the suffix.
+        overrides: ``group=choice``, ``field=value``, ``+field=value`` or ``~field``, in Hydra's grammar; a path needs
+            no quotes whatever it contains.
+        configs: another folder of configs, for tests.
+
+    Raises:
+        ConfigError: an unknown group, choice or field (with the nearest names), an override that cannot be read, a
+            value of another kind than its default, a mandatory value that is missing.
+    """
+    folder = folder_of(configs)
+    read_yaml(folder / f"{config_name}.yaml")
+    registry = groups(folder)
+    parsed = [read_override(text, registry) for text in overrides]
+    chosen = tuple(choice(one, registry, folder) for one in parsed if chooses(one, registry))
+    composed, schema = _compose_groups(folder, config_name, chosen, stamps(folder))
+    cfg = copy.deepcopy(composed)
+    for one in parsed:
+        if not chooses(one, registry):
+            set_field(cfg, schema, one, registry)
+    raise_all(Problem(key, f"is missing: pass {dotted(key)}=...") for key, v in walk(as_written(cfg)) if v == MISSING)
+    to_container(cfg)  # Follows every interpolation once, so that none fails in the middle of a run.
+    return cfg
+
+
+@functools.lru_cache(maxsize=32)
+def _compose_groups(
+    folder: Path, config_name: str, chosen: tuple[str, ...], state: tuple[tuple[Path, int, int], ...]
+) -> tuple[DictConfig, dict[str, Any]]:
+    """The composed config before any field is set, and its schema: the same without the presets. Neither to be changed.
+
+    Kept for as long as the files stay in the given state: ablations mostly differ in fields, not in choices.
+    """
+    parts = _parts(folder, config_name, chosen)
+    first = next((index for index, part in enumerate(parts) if part.preset), len(parts))
+    common = _merge(OmegaConf.create(), parts[:first])
+    cfg = _merge(copy.deepcopy(common), parts[first:])
+    OmegaConf.set_struct(cfg, True)
+    schema = as_written(_merge(common, [part for part in parts[first:] if not part.preset]))
+    for part in parts:
+        if part.preset:
+            raise_all(plain_value_problems(part.body, schema), f"in {part.path}.yaml: ")
+    return cfg, schema
+
+
+def _parts(folder: Path, config_name: str, chosen: Sequence[str]) -> list[_Part]:
+    """The files of a composition in their order, as Hydra's defaults lists say; without Hydra's own."""
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(folder), version_base="1.3", job_name="detfamily"):
+            loader = GlobalHydra.instance().config_loader()
+            found = loader.compute_defaults_list(config_name, list(chosen), RunMode.RUN).defaults
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise _composition_error(error, config_name, groups(folder)) from error
+    parts = []
+    for one in found:
+        path = str(one.config_path)
+        if not path.startswith("hydra/"):
+            body = {key: value for key, value in read_yaml(folder / f"{path}.yaml").items() if key != "defaults"}
+            parts.append(_Part(path, nested(one.package or "", body)))
+    return parts
+
+
+def _merge(cfg: DictConfig, parts: Iterable[_Part]) -> DictConfig:
+    """Put files on top of a config, in place."""
+    for part in parts:
+        try:
+            cfg.merge_with(part.body)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"in {part.path}.yaml: {str(error).splitlines()[0]}") from error
+    cfg.pop("hydra", None)  # Hydra's own settings, of which a run has no use.
+    return cfg
+
+
+def _composition_error(error: Exception, config_name: str, registry: Registry) -> ConfigError:
+    """What Hydra says, shortened, with the nearest names."""
+    text = _deepest_message(error)
+    where = f"in {match[1]}.yaml: " if (match := re.match(r"In '([^']+)': ", text)) else ""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        if group in registry:
+            return ConfigError(f"{where}{group} has no choice {name!r}: {nearest(name, registry[group])}")
+        return ConfigError(f"{where}there is no group {group!r}: {nearest(group, registry)}")
+    if match := re.search(r"Could not (?:override|delete) '(([^'@=]+)[^']*)'", text):
+        entry, group = match.groups()
+        if group not in registry:
+            return ConfigError(f"{where}there is no group {group!r}: {nearest(group, registry)}")
+        return ConfigError(f"{where}{entry} is not in the defaults list of {config_name}.yaml")
+    if match := re.search(r"You must specify '([^']+)'", text):
+        choices = registry.get(match[1], [])
+        return ConfigError(f"{match[1]} is missing: pass {match[1]}=..., one of {', '.join(choices)}")
+    return ConfigError(f"{config_name}.yaml cannot be composed: {text}")
+
+
+def _deepest_message(error: BaseException) -> str:
+    """The message nearest to the cause; Hydra's outer exceptions are often empty, its messages long."""
+    message = ""
+    cause: BaseException | None = error
+    while cause is not None:
+        message = str(cause).strip() or message
+        cause = cause.__cause__
+    return message.split("\nConfig search path:")[0].split("\nSee https:")[0].strip()
