@@ -99,6 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after ``detfamily``; those of this process by default.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    # Waiting threads spin, by default for so long that training becomes up to ten times slower where other processes
+    # want the cores, too. This many turns keep the full speed of an idle machine (none at all would cost a third).
+    # OpenMP reads it when torch is imported, which happens below.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         _dispatch(words)
     except DetfamilyError as error:

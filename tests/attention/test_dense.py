@@ -39,9 +39,7 @@ def test_cross_attention_is_pytorchs(masked: bool, padded: bool, with_pos: bool)
     if mask is not None:
         mask[:, 0] = False  # everybody sees something
     query, source = tokens(5, with_pos=with_pos), tokens(7, padding, with_pos)
-    expected, _ = theirs(
-        query.with_pos(), source.with_pos(), source.content, key_padding_mask=padding, attn_mask=mask
-    )
+    expected, _ = theirs(query.with_pos(), source.with_pos(), source.content, key_padding_mask=padding, attn_mask=mask)
     torch.testing.assert_close(ours(query, source, mask), expected, rtol=0, atol=1e-12)
 
 

@@ -8,6 +8,7 @@ the sequence. So the number of workers, of processes and the point of resumption
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -268,11 +269,17 @@ def _as_fetched(batch: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Initializer:
-    """Prepares a worker: one thread, as the workers share the cores, and seeded global generators."""
+    """Prepares a worker: one thread, as the workers share the cores; seeded global generators; patience with signals.
+
+    A signal to the whole process group must not take the workers away while the training process saves its state: they
+    leave Ctrl-C to it, and outlive SIGTERM by half a minute at most.
+    """
 
     seed: int
 
     def __call__(self, worker: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
         torch.set_num_threads(1)
         state = np.random.SeedSequence((self.seed, worker)).generate_state(2)
         random.seed(int(state[0]))
