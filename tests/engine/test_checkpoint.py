@@ -76,19 +76,6 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypat
     assert [one.name for one in tmp_path.iterdir()] == ["last.pt"]
 
 
-def test_a_signal_in_the_middle_of_a_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "a"
-    path.write_bytes(b"old")
-
-    def fill(file):
-        file.write(b"new")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.write_atomically(path, fill)
-    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
-
-
 def test_a_missing_file_names_those_nearby(tmp_path):
     (tmp_path / "run").mkdir()
     checkpoint.save(tmp_path / "run" / "best.pt", state())

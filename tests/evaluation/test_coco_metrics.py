@@ -381,7 +381,7 @@ def test_mistakes_in_settings_are_named(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (None, "does not exist"),
-        ("{", "cannot be read as json"),
+        ("{", "is not a json file"),
         ("[]", "not a COCO annotation file"),
         ('{"images": [], "annotations": []}', "not a COCO annotation file"),
         ('{"images": [], "annotations": [], "categories": []}', "0 images and 0 categories"),

@@ -26,6 +26,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from detfamily.data.labels import LabelMap
 from detfamily.data.transforms import Sample, Transform
 from detfamily.errors import DataError, nearest
+from detfamily.files import read_json, write_text_atomically
 
 COCO_AREA_RANGES: dict[str, tuple[float, float]] = {
     "all": (0.0, 1e10),
@@ -85,7 +86,7 @@ class Annotations:
     @classmethod
     def read(cls, path: Path) -> Annotations:
         """Parse a file; DataError says what is wrong with it, naming the image or annotation."""
-        return cls.from_json(read_json(path), path)
+        return cls.from_json(read_object(path), path)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], path: Path) -> Annotations:
@@ -308,7 +309,7 @@ class CocoData:
         chosen = {self._val.image_ids[i] for i in self._val.first_with_objects(self.limit_val)}
         if len(chosen) == len(self._val):
             return path
-        content = read_json(path)
+        content = read_object(path)
         part = {
             "images": [image for image in content["images"] if image["id"] in chosen],
             "annotations": [
@@ -321,7 +322,7 @@ class CocoData:
         text = json.dumps(part)
         target = cache_folder() / "annotations" / f"{path.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
         if not target.exists():
-            write_text(target, text)
+            write_to_cache(target, text)
         return target
 
     def describe(self) -> str:
@@ -373,26 +374,22 @@ class CocoData:
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a json file; DataError if it cannot be read."""
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not a json file, or only a part of one: {error}") from None
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a json file; DataError if it cannot be read, or holds something else."""
+    content = read_json(path)
     if not isinstance(content, dict):
         raise DataError(f"{path} holds a {type(content).__name__}; a COCO json is an object with 'images', ...")
     return content
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that no reader ever sees a part of it."""
+def write_to_cache(path: Path, text: str) -> None:
+    """Write a file of the cache folder.
+
+    Raises:
+        DataError: it cannot be written; says how to use another folder.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        unfinished.write_text(text)
-        os.replace(unfinished, path)
+        write_text_atomically(path, text)
     except OSError as error:
         raise DataError(
             f"cannot write {path}: {error.strerror}; set DETFAMILY_CACHE to a folder that you own"

@@ -23,17 +23,17 @@ metrics               of the last evaluation
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import detfamily
 from detfamily.errors import CheckpointError, nearest
+from detfamily.files import write_atomically
 
 FORMAT = 1
 
@@ -57,24 +57,6 @@ class LoadedModel(NamedTuple):
     config: dict[str, Any]
     label_map: dict[str, Any]
     weights: dict[str, Tensor]
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let ``write`` fill a file that appears under ``path`` complete or not at all, also if the power fails.
-
-    Whatever goes wrong, an older file of that name stays as it was.
-    """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
@@ -218,13 +200,3 @@ def _nearby(path: Path) -> str:
         if found - {str(path)}
         else f"there is no .pt file in {path.parent} either"
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # elsewhere a folder cannot be opened, and renaming is durable by itself
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -21,13 +21,14 @@ from detfamily.config import build, compose, configs_dir, groups, to_container, 
 from detfamily.data.batches import collate
 from detfamily.data.labels import LabelMap
 from detfamily.data.loader import Loader, validation_loader
-from detfamily.engine.checkpoint import load_model, load_weights, write_atomically
+from detfamily.engine.checkpoint import load_model, load_weights
 from detfamily.engine.distributed import World, join
 from detfamily.engine.run import label_words, listing, parameter_words
 from detfamily.engine.runtime import Runtime
 from detfamily.errors import ConfigError, DataError
 from detfamily.evaluation.coco_metrics import CocoEvaluator, CocoMetrics
 from detfamily.evaluation.results import evaluate_results, write_results
+from detfamily.files import write_text_atomically
 from detfamily.structures import Detections, Images, Predictions
 from detfamily.tracking.console import ProgressBar
 from detfamily.visualize.boxes import draw_comparison
@@ -339,5 +340,4 @@ def on_top_of(stored: dict[str, Any], overrides: Sequence[str]) -> DictConfig:
 
 def write_numbers(path: Path, numbers: dict[str, float]) -> None:
     """Write numbers as json."""
-    text = json.dumps(numbers, indent=2)
-    write_atomically(path, lambda file: file.write((text + "\n").encode()))
+    write_text_atomically(path, json.dumps(numbers, indent=2) + "\n")

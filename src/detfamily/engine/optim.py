@@ -29,11 +29,14 @@ class ParameterGroup:
         pattern: regular expression, searched for in the dotted parameter names.
         lr_factor: multiplies the base learning rate; 0.1 is the backbones' in the DETR line.
         weight_decay: instead of the base weight decay; None keeps it.
+        optional: the group may be empty, because some choices of blocks have no such parameters; otherwise a pattern
+            that matches nothing is taken for a typo.
     """
 
     pattern: str
     lr_factor: float = 1.0
     weight_decay: float | None = None
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def assign(model: nn.Module, groups: Mapping[str, ParameterGroup]) -> dict[str, 
     parameters = dict(model.named_parameters())
     members: dict[str, dict[str, nn.Parameter]] = {DEFAULT_GROUP: {}, **{name: {} for name in groups}}
     for group_name, group in groups.items():
-        if not any(re.search(group.pattern, name) for name in parameters):
+        if not group.optional and not any(re.search(group.pattern, name) for name in parameters):
             word = max(re.findall(r"\w+", group.pattern), key=len, default=group.pattern)
             parts = {part for name in parameters for part in (name, *name.split(".")) if not part.isdigit()}
             raise ConfigError(

@@ -12,9 +12,10 @@ import yaml
 from omegaconf import DictConfig
 from torch import nn
 
-from detfamily.engine.checkpoint import require, write_atomically
+from detfamily.engine.checkpoint import require
 from detfamily.engine.distributed import World
 from detfamily.errors import CheckpointError, ConfigError
+from detfamily.files import write_text_atomically
 
 LAST, BEST = "last.pt", "best.pt"
 
@@ -84,8 +85,7 @@ def check_plan(state: dict[str, Any], plan: dict[str, int], source: Path) -> Non
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     """Store the resolved configuration beside the run's results."""
-    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-    write_atomically(folder / "config.yaml", lambda file: file.write(text.encode()))
+    write_text_atomically(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
 
 def parameter_words(model: nn.Module) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from detfamily.errors import DataError, NonFiniteError, nearest
+from detfamily.files import read_json
 from detfamily.structures import Detections
 
 Backend = Literal["faster", "pycocotools"]
@@ -164,16 +164,6 @@ def _slim(annotation: Mapping[str, Any], index: int) -> dict[str, Any]:
         "area": float(annotation.get("area", w * h)),
         "iscrowd": int(annotation.get("iscrowd", 0)),
     }
-
-
-def read_json(path: Path) -> Any:
-    """Read a json file; DataError when it is missing or is not json."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist") from None
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path} cannot be read as json: {error}") from error
 
 
 def _some(ids: Sequence[int], most: int = 5) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +15,10 @@ from detfamily.evaluation.coco_metrics import (
     GroundTruth,
     MetricSettings,
     compute_metrics,
-    read_json,
 )
+from detfamily.files import read_json, write_text_atomically
 
 _KEYS = ("image_id", "category_id", "bbox", "score")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name to write to; it becomes the file when all went well, and vanishes when not."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_results(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
@@ -49,8 +34,7 @@ def write_results(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
         text = json.dumps([{key: one[key] for key in _KEYS} for one in results], allow_nan=False)
     except ValueError as error:
         raise DataError(f"{path} is not written: a box or score is NaN or infinite") from error
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text_atomically(Path(path), text)
 
 
 def read_results(path: Path, truth: GroundTruth) -> list[dict[str, Any]]:

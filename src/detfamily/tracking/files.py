@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from detfamily.engine.checkpoint import write_atomically
+from detfamily.files import write_text_atomically
 from detfamily.tracking.tracker import Metrics, RunInfo, Tracker
 
 EPOCHS, STEPS, TABLE = "metrics.jsonl", "train_steps.jsonl", "metrics.csv"
@@ -43,7 +43,7 @@ class FilesTracker(Tracker):
         table = csv.DictWriter(text, columns, lineterminator="\n")
         table.writeheader()
         table.writerows(self.epochs)
-        write_atomically(self.folder / TABLE, lambda file: file.write(text.getvalue().encode()))
+        write_text_atomically(self.folder / TABLE, text.getvalue())
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ def _append(path: Path, row: Mapping[str, Any]) -> None:
 
 def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text_atomically(path, text)
 
 
 def _plain(metrics: Metrics) -> dict[str, float | None]:

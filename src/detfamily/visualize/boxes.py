@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from detfamily.evaluation.results import replacing
+from detfamily.files import write_atomically
 from detfamily.structures import Detections
 
 Names = Sequence[str | None] | Mapping[int, str]
@@ -208,8 +208,8 @@ def draw_comparison(
         _pair(image, truth, found, names, score_threshold)
         for image, truth, found in zip(images, truths, detections, strict=True)
     ]
-    with replacing(path) as temporary:
-        _tile(pairs, columns, _GAP_OF_PAIRS).save(temporary, format="PNG")
+    picture = _tile(pairs, columns, _GAP_OF_PAIRS)
+    write_atomically(path, lambda file: picture.save(file, format="PNG"))
 
 
 def _pair(

@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from detfamily.evaluation.results import replacing
+from detfamily.files import write_atomically
 
 _METRICS = ("AP", "AP50", "APs", "APm", "APl")
 
@@ -39,8 +39,7 @@ def plot_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     for panel in (left, right):
         panel.set_xlabel(axis.replace("_", " "))
         panel.grid(alpha=0.3)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def _axis(history: Sequence[Mapping[str, float]]) -> str:
