@@ -181,6 +181,7 @@ def defaults() -> dict[str, str]:
     family = yaml.safe_load((configs_dir() / f"family/{FAMILY}.yaml").read_text())["defaults"]
     made = {group: name for one in train if isinstance(one, dict) for group, name in one.items()}
     made |= {key.removeprefix("override /"): name for one in family for key, name in one.items()}
+    made["augmentation"] = made["data"]  # written as an interpolation there
     return {group: made[group] for group in groups_of("train") if group != "experiment"} | {"family": FAMILY}
 
 

@@ -12,6 +12,7 @@ from detfamily.engine.run import (
     check_plan,
     concerns,
     find_start,
+    frozen_at_random,
     label_words,
     listing,
     parameter_words,
@@ -86,6 +87,15 @@ def test_what_silently_ruins_runs_is_said():
     assert concerns(100, 63, 10_000) == []
     assert "image of the training set has 63 objects" in concerns(50, 63, 10_000)[0]
     assert "20 optimiser steps are few" in concerns(100, 63, 20)[0]
+    assert "resnet50_scratch" in concerns(100, 63, 10_000, frozen_random=True)[0]
+
+
+def test_frozen_stages_without_weights_are_noticed():
+    assert frozen_at_random({"weights": None, "frozen_stages": 2}, starts_from_weights=False)
+    assert not frozen_at_random({"weights": None, "frozen_stages": 2}, starts_from_weights=True)
+    assert not frozen_at_random({"weights": "imagenet", "frozen_stages": 2}, starts_from_weights=False)
+    assert not frozen_at_random({"weights": None, "frozen_stages": 0}, starts_from_weights=False)
+    assert not frozen_at_random({"widths": [8]}, starts_from_weights=False)
 
 
 def test_words_about_a_run():

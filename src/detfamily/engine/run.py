@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -95,7 +95,13 @@ def parameter_words(model: nn.Module) -> str:
     return f"{every / 1e6:.2f} M parameters" + (f", {trained / 1e6:.2f} M trained" if trained != every else "")
 
 
-def concerns(num_queries: int, max_objects: int, total_steps: int) -> list[str]:
+def frozen_at_random(backbone: Mapping[str, Any], starts_from_weights: bool) -> bool:
+    """Whether stages of a backbone are frozen that no weights have ever been loaded into."""
+    untrained = backbone.get("weights", "some") is None and not starts_from_weights
+    return untrained and bool(backbone.get("frozen_stages", 0))
+
+
+def concerns(num_queries: int, max_objects: int, total_steps: int, frozen_random: bool = False) -> list[str]:
     """What silently ruins runs, in a sentence each."""
     found = []
     if num_queries < max_objects:
@@ -107,6 +113,11 @@ def concerns(num_queries: int, max_objects: int, total_steps: int) -> list[str]:
         found.append(
             f"{total_steps} optimiser steps are few for a detector of this line: expect an AP near 0; raise "
             "schedule.epochs or schedule.images_per_epoch, or lower schedule.total_batch_size"
+        )
+    if frozen_random:
+        found.append(
+            "backbone.weights=null leaves the frozen stages and norms of the backbone as they were drawn, for good: to "
+            "train from scratch choose backbone=resnet50_scratch, or backbone.frozen_stages=0 with trained norms"
         )
     return found
 

@@ -49,6 +49,7 @@ from detfamily.engine.run import (
     check_plan,
     concerns,
     find_start,
+    frozen_at_random,
     label_words,
     listing,
     parameter_words,
@@ -334,7 +335,13 @@ class Trainer:
         if self.start.checkpoint is not None:
             rows.append(("resumed", f"{self.start.checkpoint}, after step {self.step}, {self.images_seen} images"))
         self.world.say(f"training {self.cfg.name}\n{listing(rows)}")
-        for concern in concerns(int(self.cfg.model.num_queries), self.train_set.max_objects, chosen.total_steps):
+        starts_from_weights = self.start.checkpoint is not None or self.cfg.init_from is not None
+        for concern in concerns(
+            int(self.cfg.model.num_queries),
+            self.train_set.max_objects,
+            chosen.total_steps,
+            frozen_at_random(self.cfg.backbone, starts_from_weights),
+        ):
             self.world.say(f"warning: {concern}")
 
     def log_step(self) -> str | None:
