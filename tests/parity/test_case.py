@@ -30,11 +30,16 @@ def test_what_a_case_knows_about_itself(goldens: Path) -> None:
     assert Case.load(goldens / "coco_eval" / "basic").io == {}
 
 
-def test_the_nearest_roles_decide(tmp_path: Path) -> None:
+def test_the_nearest_roles_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = tmp_path / "family" / "case"
     case.mkdir(parents=True)
+    usual = tmp_path / "usual"
+    usual.mkdir()
+    monkeypatch.setattr("detfamily.parity.case.usual_folders", lambda: [usual])
     with pytest.raises(DataError, match="no roles.json at or above"):
         role_of("a.b", case / "deeper")
+    (usual / "roles.json").write_text(json.dumps({"rules": [["", "info"]]}))
+    assert role_of("a.b", case / "elsewhere") == "info"
     (tmp_path / "roles.json").write_text(json.dumps({"rules": [["^a", "output"], ["b", "input"]]}))
     assert [role_of(key, case) for key in ("a.b", "b.a")] == ["output", "input"]
     with pytest.raises(DataError, match="no rule for 'c'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -84,6 +85,8 @@ def find_cases(folder: Path) -> list[Path]:
 def role_of(key: str, folder: Path) -> str:
     """What a stored tensor is, by the rules of the nearest ``roles.json`` at or above the folder: the first that fits.
 
+    Where there is none, the rules of ``DETFAMILY_GOLDENS`` or of ``shared/goldens`` beside the repository decide.
+
     Raises:
         DataError: no rule fits, or there are no rules.
     """
@@ -93,12 +96,22 @@ def role_of(key: str, folder: Path) -> str:
     raise DataError(f"roles.json has no rule for {key!r}")
 
 
+def usual_folders() -> list[Path]:
+    """Where golden cases lie, unless they are named."""
+    named = os.environ.get("DETFAMILY_GOLDENS")
+    beside = Path(__file__).resolve().parents[4] / "shared" / "goldens"
+    return [*([Path(named)] if named else []), beside]
+
+
 @cache
 def _rules(folder: Path) -> list[tuple[str, str]]:
-    for place in (folder, *folder.parents):
+    for place in (folder, *folder.parents, *usual_folders()):
         if (place / "roles.json").is_file():
             return [(p, r) for p, r in json.loads((place / "roles.json").read_text(encoding="utf-8"))["rules"]]
-    raise DataError(f"no roles.json at or above {folder}: it says which tensors must be compared")
+    raise DataError(
+        f"no roles.json at or above {folder}, nor in DETFAMILY_GOLDENS or shared/goldens beside the repository: "
+        "it says which tensors must be compared"
+    )
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
