@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -156,13 +157,19 @@ def _store() -> Any:
     An elastic restart finds the store of the attempt before it, and a second run in one process that of the first; a
     prefix for each keeps stale keys out of the way.
     """
-    agent_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        int(os.environ["WORLD_SIZE"]),
-        is_master=not agent_has_it and os.environ["RANK"] == "0",
-        timeout=TIMEOUT,
+    environment = os.environ
+    agent_has_it = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = _server(
+        environment["MASTER_ADDR"],
+        int(environment["MASTER_PORT"]),
+        int(environment["WORLD_SIZE"]),
+        not agent_has_it and environment["RANK"] == "0",
     )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"attempt_{attempt}_run_{next(_RUNS)}", store)  # type: ignore[attr-defined]
+
+
+@cache
+def _server(address: str, port: int, world_size: int, is_master: bool) -> Any:
+    """One connection for all runs of a process: a new server on the old port could take over half of the processes."""
+    return dist.TCPStore(address, port, world_size, is_master=is_master, timeout=TIMEOUT)  # type: ignore[attr-defined]
