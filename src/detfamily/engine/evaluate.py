@@ -72,13 +72,8 @@ def detect(model: nn.Module, postprocess: Postprocess, images: Images, runtime: 
     """Detections of a batch, in pixels of the original images, on the model's device."""
     with runtime.autocast():
         predictions = model(images)
-    found: list[Detections] = postprocess(in_float32(predictions), images)
+    found: list[Detections] = postprocess(predictions, images)
     return found
-
-
-def in_float32(predictions: dict[str, Predictions]) -> dict[str, Predictions]:
-    """Predictions as losses and boxes in pixels need them, whatever the model computed in."""
-    return {name: Predictions(one.logits.float(), one.boxes.float()) for name, one in predictions.items()}
 
 
 def evaluate_model(

@@ -28,7 +28,6 @@ from detfamily.engine.evaluate import (
     draw_examples,
     evaluate_model,
     evaluation_batch_size,
-    in_float32,
     new_evaluator,
 )
 from detfamily.engine.interrupt import Interruption
@@ -226,9 +225,9 @@ class Trainer:
         self.meter.step_done()
 
     def forward(self, batch: Batch, normalizer: Normalizer, ride: Tensor | None) -> Losses:
-        """The losses of a micro-batch: the model in the chosen precision, the criterion in float32."""
+        """The losses of a micro-batch: the model in the chosen precision, the criterion in the heads' float32."""
         with self.runtime.autocast():
-            predictions = in_float32(self.model(batch.images))
+            predictions = self.model(batch.images)
         try:
             losses: Losses = self.criterion(predictions, batch.targets, normalizer, ride)
             return losses
