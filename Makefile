@@ -25,7 +25,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 wheel: $(INSTALLED)
-	$(BIN)/python -m build --wheel
+	$(BIN)/python -m build --wheel --no-isolation
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -24,8 +24,9 @@ class Command:
     Attributes:
         name: what is typed.
         summary: one line of help.
-        config: the primary config, a file of the configs folder.
-        function: ``module:function`` that takes the config; imported when the command runs.
+        config: the primary config, a file of the configs folder; None for a command that has no settings.
+        function: ``module:function`` that takes the config, or the words where there is none; imported when the
+            command runs.
         examples: overrides to show.
         composed: False where the function takes the overrides as they are, because the config that they change lies
             in a checkpoint; ``config`` then only says which groups there are.
@@ -33,7 +34,7 @@ class Command:
 
     name: str
     summary: str
-    config: str
+    config: str | None
     function: str
     examples: tuple[str, ...]
     composed: bool = True
@@ -43,7 +44,7 @@ class Command:
         from detfamily.config import compose, validate
 
         given: object = list(overrides)
-        if self.composed:
+        if self.composed and self.config:
             given = compose(self.config, overrides)
             validate(given)
         module, _, function = self.function.partition(":")
@@ -55,6 +56,8 @@ class Command:
 
         from detfamily.config import compose, to_container, validate
 
+        if self.config is None:
+            raise DetfamilyError(f"{self.name} has no settings")
         if not self.composed:
             raise DetfamilyError(f"{self.name} has no config of its own: it is the one inside the checkpoint")
         cfg = compose(self.config, overrides)
@@ -87,6 +90,13 @@ COMMANDS = {
                 "results=detections.json data=coco data.root=/data/coco",
             ),
             composed=False,
+        ),
+        Command(
+            "doctor",
+            "show what is installed and which code computes the op, and check it; status 1 if it is wrong",
+            None,
+            "detfamily.doctor:doctor",
+            (),
         ),
     )
 }
@@ -159,6 +169,8 @@ def command_help(command: Command) -> str:
     """The text of ``detfamily COMMAND --help``: groups and choices as they lie in the configs folder."""
     from detfamily.config import groups_of
 
+    if command.config is None:
+        return f"detfamily {command.name}: {command.summary}"
     lines = [f"detfamily {command.name}: {command.summary}", "", "Groups and their choices (GROUP=CHOICE):"]
     found = groups_of(command.config)
     width = max(map(len, found), default=0)

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from detfamily.attention.ms_deform import MSDeformAttention
 from detfamily.build import build_criterion, build_detector, build_postprocess, with_num_classes
 from detfamily.config import build, to_container, validate
 from detfamily.criterion import Losses, Normalizer
@@ -57,6 +58,7 @@ from detfamily.engine.run import (
 from detfamily.engine.runtime import Runtime, plan, rng_state, seed_all, set_rng_state
 from detfamily.engine.schedule import Schedule
 from detfamily.errors import CheckpointError, ConfigError, NonFiniteError
+from detfamily.ops import backends
 from detfamily.structures import Batch, Predictions
 from detfamily.tracking.console import ProgressBar
 from detfamily.tracking.files import EPOCHS, read_rows
@@ -331,6 +333,8 @@ class Trainer:
             ("schedule", self.schedule.describe(chosen.total_steps)),
             ("run folder", str(self.start.folder)),
         ]
+        if any(isinstance(module, MSDeformAttention) for module in self.detector.modules()):
+            rows.insert(4, ("sampling op", backends.describe(self.device.type)))
         if self.start.checkpoint is not None:
             rows.append(("resumed", f"{self.start.checkpoint}, after step {self.step}, {self.images_seen} images"))
         self.world.say(f"training {self.cfg.name}\n{listing(rows)}")

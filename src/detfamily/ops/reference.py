@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,7 +12,7 @@ from detfamily.structures import Size
 
 
 def ms_deform_attn_reference(
-    value: Tensor, spatial_shapes: tuple[Size, ...], sampling_locations: Tensor, attention_weights: Tensor
+    value: Tensor, spatial_shapes: Sequence[Size], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
     """See ``ms_deform_attn``; one bilinear ``grid_sample`` per level, with the heads folded into the batch."""
     batch, _, heads, width = value.shape
@@ -32,6 +34,26 @@ def ms_deform_attn_reference(
         )
         summed = (sampled * weights[level]).sum(-1)
         output = summed if output is None else output + summed
-    if output is None:
-        raise ValueError("spatial_shapes is empty; expected at least one level")
-    return output.view(batch, heads * width, queries).transpose(1, 2).contiguous().to(torch.result_type(value, weights))
+    assert output is not None
+    return output.view(batch, heads * width, queries).transpose(1, 2).contiguous().to(value.dtype)
+
+
+def ms_deform_attn_projected_reference(
+    value: Tensor,
+    spatial_shapes: Sequence[Size],
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+) -> Tensor:
+    """See ``ms_deform_attn_projected``; locations and weights as tensors of their own, then the plain form."""
+    batch, queries, heads, levels, points, _ = sampling_offsets.shape
+    dtype = reference_points.dtype
+    weights = attention_logits.to(dtype).softmax(-1).view(batch, queries, heads, levels, points)
+    offsets = sampling_offsets.to(dtype)
+    centers = reference_points[:, :, None, :, None, :2]
+    if reference_points.shape[-1] == 2:
+        sizes = torch.tensor([(w, h) for h, w in spatial_shapes], dtype=dtype, device=value.device)
+        locations = centers + offsets / sizes[:, None]
+    else:
+        locations = centers + offsets * (reference_points[:, :, None, :, None, 2:] * (0.5 / points))
+    return ms_deform_attn_reference(value, spatial_shapes, locations, weights)
