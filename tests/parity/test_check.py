@@ -9,7 +9,7 @@ import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from detfamily.errors import DataError
+from detfamily.ops import backends
 from detfamily.parity.case import MUST_COMPARE, role_of
 from detfamily.parity.check import check, report
 
 Copy = Callable[..., Path]
-FAMILIES = ("detr", "deformable_detr", "coco_eval")
+FAMILIES = ("detr", "deformable_detr", "coco_eval", "ms_deform_attn")
 SCRIPT = Path(__file__).parents[2] / "scripts" / "check_goldens.py"
 
 
@@ -99,6 +100,107 @@ def test_every_single_number_counts(copy_of: Copy, name: str) -> None:
     assert {"output", "loss", "match", "detections", "gradient"} <= set(roles.values())
     assert set(verdict.failed) == set(roles)
     assert not verdict.passed and not verdict.error and not verdict.missing
+
+
+OTHER = {"core_float64": "float32", "module": "float64"}
+"""The precision in which the cases of the op run besides the one that they are stored in."""
+
+
+def in_both(name: str, keys: Iterable[str]) -> set[str]:
+    """What the check calls these results; at whole pixels location gradients are compared in float64 only."""
+    both = {key: f"{key} in {OTHER[name]}" for key in keys}
+    one_sided = {key for key in both if key.startswith("exact_") and key.endswith("grad_sampling_locations")}
+    return {*both, *(other for key, other in both.items() if key not in one_sided and "init" not in key)}
+
+
+@pytest.mark.parametrize("backend", [backends.REFERENCE, "cpu"])
+@pytest.mark.parametrize("name", OTHER)
+def test_the_op_in_both_precisions_on_each_backend(goldens: Path, name: str, backend: str) -> None:
+    if backend == "cpu" and (reason := backends.library("cpu").reason):
+        pytest.skip(f"no compiled code for the CPU: {reason}")
+    folder = goldens / "ms_deform_attn" / name
+    keys = load_file(folder / "io.safetensors")
+    wanted = {key for key in keys if role_of(key, folder) in MUST_COMPARE or "init" in key}
+    with backends.use_backend(backend):
+        (verdict,) = check([folder])
+    assert verdict.passed and verdict.compared == len(in_both(name, wanted)), verdict
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_every_single_number_of_the_op_counts(copy_of: Copy, name: str) -> None:
+    case = copy_of(f"ms_deform_attn/{name}")
+    altered: set[str] = set()
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for key, value in tensors.items():
+            role = "output" if "init" in key else role_of(key, case)
+            if role in MUST_COMPARE:
+                altered.add(key)
+                tensors[key] = beyond_the_limit(key, value, role)
+
+    rewrite(case, change)
+    with backends.use_backend(backends.REFERENCE):
+        (verdict,) = check([case])
+    assert len(altered) > 40 and set(verdict.failed) == in_both(name, altered)
+    assert not verdict.passed and not verdict.error and not verdict.missing
+
+
+def test_either_gradient_is_right_where_the_official_ones_disagree(copy_of: Copy) -> None:
+    case = copy_of("ms_deform_attn/core_float64")
+    key, other = "exact_odd.grad_sampling_locations", "exact_odd.cuda_rule.grad_sampling_locations"
+
+    def swap(tensors: dict[str, Tensor]) -> None:
+        tensors[key], tensors[other] = tensors[other], tensors[key]  # they differ where they disagree, only
+
+    with backends.use_backend(backends.REFERENCE):
+        rewrite(case, swap)
+        (verdict,) = check([case])
+        assert verdict.passed
+        nowhere = torch.zeros_like(load_file(case / "io.safetensors")["exact_odd.disagree"])
+        rewrite(case, lambda tensors: tensors.update({"exact_odd.disagree": nowhere}))
+        (verdict,) = check([case])
+        assert verdict.failed == [key]
+
+
+def test_sub_cases_of_the_op_have_any_name(copy_of: Copy) -> None:
+    core, module = copy_of("ms_deform_attn/core_float64"), copy_of("ms_deform_attn/module")
+    with backends.use_backend(backends.REFERENCE):
+        before = check([core, module])
+
+    def core_names(tensors: dict[str, Tensor]) -> None:
+        for key in list(tensors):
+            new = key.replace("d8.", "group.wide.").replace("official.", "").replace("exact_odd.", "exact_other.")
+            tensors[new] = tensors.pop(key)
+
+    def module_names(tensors: dict[str, Tensor]) -> None:
+        for key in list(tensors):
+            if key.startswith("b."):
+                tensors[f"second.{key[2:]}"] = tensors.pop(key)
+        tensors["second.init_64_1_8_2.sampling_offsets.weight"] = torch.zeros(32, 64)
+
+    rewrite(core, core_names)
+    rewrite(module, module_names)
+    info = json.loads((module / "case.json").read_text())
+    info["args_second"] = info.pop("args_b")
+    (module / "case.json").write_text(json.dumps(info))
+    with backends.use_backend(backends.REFERENCE):
+        after = check([core, module])
+    assert all(one.passed for one in (*before, *after)), after
+    assert [one.compared for one in after] == [before[0].compared, before[1].compared + 1]
+    rewrite(core, lambda tensors: tensors.update({"orphan.output": torch.zeros(1, dtype=torch.float64)}))
+    with backends.use_backend(backends.REFERENCE):
+        (verdict,) = check([core])
+    assert verdict.missing == ["orphan.output", "orphan.output in float32"] and not verdict.passed
+
+
+def test_only_some_families_leave_the_cpu(copy_of: Copy) -> None:
+    (verdict,) = check([copy_of("detr/postnorm")], device="cuda")
+    assert "computed on the CPU only, not on cuda" in verdict.error and not verdict.passed
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_op_on_a_gpu(goldens: Path) -> None:
+    assert all(one.passed for one in check([goldens / "ms_deform_attn"], device="cuda"))
 
 
 def one_more(key: str, index: int, by: float) -> Callable[[dict[str, Tensor]], None]:
@@ -228,7 +330,7 @@ def test_exit_codes_of_the_script(
     (bad / "case.json").write_text(json.dumps(info))
     path = os.pathsep.join(filter(None, [str(SCRIPT.parents[1] / "src"), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(tmp_path / "cases")],
+        [sys.executable, str(SCRIPT), "--backend", "reference", str(tmp_path / "cases")],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -236,9 +338,15 @@ def test_exit_codes_of_the_script(
     )
     assert done.returncode == 1, done.stderr
     assert re.search(r"coco_eval/b\b.*FAILED", done.stdout) and re.search(r"coco_eval/basic\b.*ok", done.stdout)
+    assert "multi-scale deformable attention on cpu: plain PyTorch" in done.stdout
     monkeypatch.chdir(good)
-    for folder, code, said in ((".", 0, "coco_eval/basic"), (tmp_path / "elsewhere", 1, "no golden case")):
-        monkeypatch.setattr(sys, "argv", ["check_goldens.py", str(folder)])
+    for arguments, code, said in (
+        (["--backend=reference", "."], 0, "coco_eval/basic"),
+        (["--backend=reference", str(tmp_path / "elsewhere")], 1, "no golden case"),
+        (["--backend=cpu", "--device=cuda", "."], 1, "cannot serve tensors on cuda"),
+        (["--backend=fastest", "."], 2, "invalid choice: 'fastest'"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["check_goldens.py", *arguments])
         with pytest.raises(SystemExit) as stopped:
             runpy.run_path(str(SCRIPT), run_name="__main__")
         captured = capsys.readouterr()

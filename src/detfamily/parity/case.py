@@ -55,8 +55,8 @@ class Case:
         return sorted(found)
 
     @classmethod
-    def load(cls, folder: Path) -> Case:
-        """Read a case.
+    def load(cls, folder: Path, device: str = "cpu") -> Case:
+        """Read a case, its tensors onto a device.
 
         Raises:
             DataError: the folder has no readable ``case.json``.
@@ -66,7 +66,8 @@ class Case:
         except (OSError, json.JSONDecodeError) as error:
             raise DataError(f"{folder} is not a golden case: {error}") from error
         io = load_file(folder / "io.safetensors") if (folder / "io.safetensors").is_file() else {}
-        return cls(folder.resolve(), info, io, _weights(folder))
+        io, weights = ({key: value.to(device) for key, value in one.items()} for one in (io, _weights(folder)))
+        return cls(folder.resolve(), info, io, weights)
 
 
 def find_cases(folder: Path) -> list[Path]:

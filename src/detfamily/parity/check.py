@@ -55,8 +55,12 @@ class Verdict:
             self.failed.append(key)
 
 
-def check(folders: Sequence[Path]) -> list[Verdict]:
+def check(folders: Sequence[Path], device: str = "cpu") -> list[Verdict]:
     """Run every case at or below the folders, on one thread, where the official code is reproducible.
+
+    Args:
+        folders: cases, families, or folders of families.
+        device: where to compute; only some families can do so elsewhere than on the CPU.
 
     Raises:
         DataError: a folder holds no case.
@@ -64,7 +68,7 @@ def check(folders: Sequence[Path]) -> list[Verdict]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return [_judge(path) for folder in folders for path in find_cases(folder)]
+        return [_judge(path, device) for folder in folders for path in find_cases(folder)]
     finally:
         torch.set_num_threads(threads)
 
@@ -96,21 +100,22 @@ def _few(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
-def _judge(folder: Path) -> Verdict:
+def _judge(folder: Path, device: str) -> Verdict:
     folder = folder.resolve()
     verdict = Verdict(f"{folder.parent.name}/{folder.name}")
     try:
-        case = Case.load(folder)
-        family = _family(case.family)
-        ours: dict[str, Tensor] = family.results(case)
-        beside: dict[str, Tensor] = family.expected(case) if hasattr(family, "expected") else {}
-        expected = {key: (value, role_of(key, case.folder)) for key, value in case.io.items()}
+        family = _family(folder.parent.name)
+        if device != "cpu" and not getattr(family, "ANY_DEVICE", False):
+            raise DataError(f"this family is computed on the CPU only, not on {device}")
+        case = Case.load(folder, device)
+        ours = {key: value.cpu() for key, value in family.results(case).items()}
+        roles = {key: (value, role_of(key, case.folder)) for key, value in case.io.items()}
+        roles |= family.expected(case) if hasattr(family, "expected") else {}
     except Exception as error:  # whatever is wrong with one case must not hide the verdicts on the others
         verdict.error = f"{type(error).__name__}: {error}"
         return verdict
-    expected |= {key: (value, "output") for key, value in beside.items()}
-    stored = {key: value for key, (value, _) in expected.items()}
-    for key, (_, role) in expected.items():
+    stored = {key: value.cpu() for key, (value, _) in roles.items()}
+    for key, (_, role) in roles.items():
         _compare(verdict, key, role, stored, ours)
     return verdict
 

@@ -11,9 +11,9 @@ from detfamily.parity import coco_eval
 from detfamily.parity.case import Case
 
 
-def expected(case: Case) -> dict[str, Tensor]:
+def expected(case: Case) -> dict[str, tuple[Tensor, str]]:
     """The stored numbers, once for each library."""
-    return _as_tensors(coco_eval.expected(case.info))
+    return {key: (value, "output") for key, value in _as_tensors(coco_eval.expected(case.info)).items()}
 
 
 def results(case: Case) -> dict[str, Tensor]:

@@ -10,9 +10,10 @@ from detfamily.parity import data_transforms, detection
 from detfamily.parity.case import Case
 
 
-def expected(case: Case) -> dict[str, Tensor]:
+def expected(case: Case) -> dict[str, tuple[Tensor, str]]:
     """Data cases keep the table of sizes in their json."""
-    return data_transforms.expected(case.info) if "data" in case.info else {}
+    sizes = data_transforms.expected(case.info) if "data" in case.info else {}
+    return {key: (value, "output") for key, value in sizes.items()}
 
 
 def results(case: Case) -> dict[str, Tensor]:
