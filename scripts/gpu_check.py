@@ -1,0 +1,282 @@
+"""Everything that has to be seen on a GPU, in one command: build, check, race, time; the report is a file to commit.
+
+    python scripts/gpu_check.py                                       about ten minutes on one GPU
+    python scripts/gpu_check.py --official CLONE/models/ops/src/cuda  also against the official kernels
+    python scripts/gpu_check.py --only build tests                    some of the steps
+
+Each step is a command of its own, so one that fails or runs out of time takes nothing with it. What is not there
+(goldens, compute-sanitizer, another kernel) is said in the report. Writes NAME.md and NAME.json into --output, NAME
+being the GPU's. Exits with 1 if a step failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from detfamily.files import write_text_atomically
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ROOT / "scripts"
+PYTHON = sys.executable
+SANITIZED = "test_16_bit_values or test_number_of_queries or test_what_is_not_sampled or test_views"
+"""Tests that the sanitizer watches: it makes kernels a hundred times slower."""
+
+TAIL = 6000
+
+
+@dataclass
+class Step:
+    """One command and what became of it.
+
+    Attributes:
+        name: for --only.
+        title: for the report.
+        command: what is run; empty: what is missing is said in ``words``.
+        seconds_allowed: after which it is ended.
+        environment: on top of this process's.
+        json: a file that the command writes, kept in the report.
+    """
+
+    name: str
+    title: str
+    command: list[str] = field(default_factory=list)
+    seconds_allowed: int = 300
+    environment: dict[str, str] = field(default_factory=dict)
+    json: Path | None = None
+    words: str = ""
+    outcome: str = "not run"
+    seconds: float = 0.0
+    record: Any = None
+
+    def run(self) -> None:
+        if not self.command:
+            self.outcome = "skipped"
+            return
+        started = time.perf_counter()
+        environment = {**os.environ, **self.environment}
+        try:
+            done = subprocess.run(
+                self.command,
+                cwd=ROOT,
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=self.seconds_allowed,
+            )
+            self.outcome, self.words = "passed" if done.returncode == 0 else "failed", done.stdout
+        except subprocess.TimeoutExpired as error:
+            output = error.stdout or b""
+            self.words = output.decode(errors="replace") if isinstance(output, bytes) else output
+            self.outcome = f"ended after {self.seconds_allowed} s"
+        self.seconds = time.perf_counter() - started
+        if self.json is not None and self.json.is_file():
+            self.record = json.loads(self.json.read_text())
+
+    @property
+    def failed(self) -> bool:
+        return self.outcome not in ("passed", "skipped", "not run")
+
+
+def script(name: str, *arguments: object) -> list[str]:
+    return [PYTHON, str(SCRIPTS / name), *map(str, arguments)]
+
+
+def steps(args: argparse.Namespace, folder: Path) -> list[Step]:
+    makers: list[Callable[[argparse.Namespace, Path], Step]] = [
+        doctor,
+        build,
+        machine_code,
+        tests,
+        goldens,
+        lambda a, f: sanitizer("memcheck", "reads and writes out of bounds"),
+        lambda a, f: sanitizer("racecheck", "races in shared memory"),
+        op_float32,
+        op_16_bits,
+        models,
+        models_against_transformers,
+    ]
+    return [make(args, folder) for make in makers]
+
+
+def doctor(args: argparse.Namespace, folder: Path) -> Step:
+    return Step("doctor", "Versions, backends, a first check", [PYTHON, "-m", "detfamily.cli", "doctor"])
+
+
+def build(args: argparse.Namespace, folder: Path) -> Step:
+    code = (
+        "import time; from detfamily.ops import backends; start = time.perf_counter(); "
+        "print(backends.library('cuda')); print(f'{time.perf_counter() - start:.1f} s'); "
+        "raise SystemExit(backends.backend_for('cuda') != 'cuda')"
+    )
+    fresh = {"DETFAMILY_CACHE": str(folder / "cache")}
+    return Step("build", "Just-in-time build in an empty cache", [PYTHON, "-c", code], environment=fresh)
+
+
+def machine_code(args: argparse.Namespace, folder: Path) -> Step:
+    major, minor = torch.cuda.get_device_capability()
+    return Step("sass", "Machine code", script("inspect_cuda.py", "--arch", f"{major}{minor}"))
+
+
+def tests(args: argparse.Namespace, folder: Path) -> Step:
+    command = [PYTHON, "-m", "pytest", "-q", "tests/ops", "-p", "no:cacheprovider", "-rs"]
+    return Step("tests", "The op's tests, on the CPU and on the GPU", command, 600)
+
+
+def goldens(args: argparse.Namespace, folder: Path) -> Step:
+    title = "Golden cases of the op, on the GPU"
+    if not args.goldens.is_dir():
+        return Step("goldens", title, words=f"no folder {args.goldens}: pass --goldens")
+    return Step("goldens", title, script("check_goldens.py", "--backend", "cuda", args.goldens))
+
+
+def sanitizer(tool: str, what: str) -> Step:
+    title = f"compute-sanitizer {tool}: {what}"
+    if not shutil.which("compute-sanitizer"):
+        return Step(tool, title, words="compute-sanitizer is not on the PATH")
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+    command += [PYTHON, "-m", "pytest", "-q", "-x", "tests/ops/test_compiled.py", "-p", "no:cacheprovider"]
+    # pytorch's allocator hides what is read beyond a tensor, as one block holds several
+    lone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Step(tool, title, [*command, "-k", f"cuda and ({SANITIZED})"], 400, lone)
+
+
+def rivals(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
+    """Arguments for benchmark_op, and the environment that they need."""
+    names, environment = list(args.against), {}
+    if args.official is not None:
+        names.append("official:MSDeformAttnFunction")
+        environment["OFFICIAL_OP"] = str(args.official.resolve())
+    if importlib.util.find_spec("deformops"):
+        names += ["deformops_op:triton"]
+    words = [word for name in names for word in ("--against", name)]
+    return ["--path", str(SCRIPTS / "rivals"), *words], environment
+
+
+def op_float32(args: argparse.Namespace, folder: Path) -> Step:
+    return _op("op-float32", "The op in float32", args, folder, "float32", ["encoder", "uniform"])
+
+
+def op_16_bits(args: argparse.Namespace, folder: Path) -> Step:
+    return _op("op-bfloat16", "The op in bfloat16", args, folder, "bfloat16", ["encoder"])
+
+
+def _op(name: str, title: str, args: argparse.Namespace, folder: Path, dtype: str, locations: list[str]) -> Step:
+    more, environment = rivals(args)
+    path = folder / f"{name}.json"
+    options = ["--device", "cuda", "--dtypes", dtype, "--locations", *locations, "--json", path]
+    return Step(name, title, script("benchmark_op.py", *options, *more), 500, environment, path)
+
+
+def models(args: argparse.Namespace, folder: Path) -> Step:
+    path = folder / "models.json"
+    options = ["--device", "cuda", "--precision", "bf16", "--train-batch", "4", "--train-size", "800", "1066"]
+    options += ["--inference-batch", "4", "--json", path]
+    return Step("models", "Whole models, ours", script("benchmark_models.py", *options), 400, json=path)
+
+
+def models_against_transformers(args: argparse.Namespace, folder: Path) -> Step:
+    title, name = "Whole models against Hugging Face's", "transformers"
+    if not importlib.util.find_spec("transformers"):
+        return Step(name, title, words="the package transformers is not installed")
+    path = folder / "transformers.json"
+    options = ["--device", "cuda", "--against", "transformers", "--train-batch", "4", "--train-size", "800", "1066"]
+    options += ["--experiments", "deformable_detr_r50", "--json", path]
+    return Step(name, title, script("benchmark_models.py", *options), 400, json=path)
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+
+
+def as_markdown(machine: dict[str, str], done: list[Step]) -> str:
+    lines = [f"# {machine['gpu']}", "", "Written by `scripts/gpu_check.py`.", ""]
+    lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in machine.items()), ""]
+    lines += ["| step | outcome | seconds |", "|---|---|---|"]
+    lines += [f"| {step.title} | {step.outcome} | {step.seconds:.0f} |" for step in done]
+    for step in done:
+        text = without_paths(step.words.strip())[-TAIL:]
+        lines += ["", f"## {step.title}: {step.outcome}", ""]
+        lines += [text] if is_table(text) else ["```text", text, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def is_table(text: str) -> bool:
+    return "|---|" in text
+
+
+def without_paths(text: str) -> str:
+    """What is printed about this machine's folders is of no use to others."""
+    return re.sub(rf"{re.escape(str(ROOT))}/?", "", text).replace(str(Path.home()), "~")
+
+
+def describe_machine() -> dict[str, str]:
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "multiprocessors": str(properties.multi_processor_count),
+        "memory": f"{properties.total_memory / 2**30:.0f} GiB",
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--official", type=Path, help="folder of the official ms_deform_im2col_cuda.cuh")
+    parser.add_argument("--against", action="append", default=[], metavar="MODULE:FUNCTION", help="for benchmark_op.py")
+    parser.add_argument("--goldens", type=Path, default=ROOT.parent / "shared" / "goldens" / "ms_deform_attn")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "benchmarks")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="names of steps")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("gpu_check: PyTorch finds no GPU here", file=sys.stderr)
+        return 1
+    args.output.mkdir(parents=True, exist_ok=True)
+    machine = describe_machine()
+    name = re.sub(r"\W+", "-", machine["gpu"].lower()).strip("-")
+    folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"gpu_check_{os.getpid()}"
+    folder.mkdir()
+    done = steps(args, folder)
+    if args.only:
+        unknown = set(args.only) - {step.name for step in done}
+        if unknown:
+            parser.error(f"--only {' '.join(sorted(unknown))}: expected some of {' '.join(step.name for step in done)}")
+        done = [step for step in done if step.name in args.only]
+    try:
+        for step in done:
+            print(f"{step.title} ...", flush=True)
+            step.run()
+            print(f"  {step.outcome}, {step.seconds:.0f} s\n{step.words[-1500:] if step.failed else ''}", flush=True)
+            # after every step: what was measured is kept if the next one takes the machine down
+            write_text_atomically(args.output / f"{name}.md", as_markdown(machine, done))
+            record = {"machine": machine, "steps": [without_folder(asdict(one)) for one in done]}
+            write_text_atomically(args.output / f"{name}.json", json.dumps(record, indent=1) + "\n")
+    finally:
+        shutil.rmtree(folder)
+    print((args.output / f"{name}.md").read_text())
+    return int(any(step.failed for step in done))
+
+
+def without_folder(step: dict[str, Any]) -> dict[str, Any]:
+    return {key: step[key] for key in ("name", "title", "outcome", "seconds", "record")}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
