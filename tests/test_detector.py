@@ -176,7 +176,7 @@ def test_uint8_and_normalised_pixels_agree(kind: str) -> None:
     std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     pixels = ((images.pixels.float() / 255 - mean) / std).masked_fill(images.padding_mask[:, None], 0.0)
     with torch.no_grad():
-        assert_same(detector(replace(images, pixels=pixels)), detector(images), atol=1e-5)
+        assert_same(detector(replace(images, pixels=pixels)), detector(images), atol=5e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,7 +5,48 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from detfamily.blocks.layers import MLP, FeedForward, PostNorm, PreNorm
+from detfamily.blocks.layers import MLP, Dropout, FeedForward, PostNorm, PreNorm
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.97])
+def test_dropout_drops_that_share_and_keeps_the_mean(p: float) -> None:
+    torch.manual_seed(0)
+    kept = Dropout(p)(torch.ones(1001, 1003))
+    values = kept.unique()
+    assert len(values) == 2 and values[0] == 0
+    assert values[1] == pytest.approx(1 / (1 - p), rel=1e-3)
+    share = (kept == 0).double()
+    deviation = (p * (1 - p) / kept.numel()) ** 0.5
+    assert abs(share.mean() - p) < 4 * deviation + 2**-17
+    assert abs(kept.mean() - 1) < 4 * deviation / (1 - p)
+    for lag in (1, 2, 3, 4, 8):  # neighbours come out of one word, and must not know of each other
+        together = (share.flatten()[lag:] * share.flatten()[:-lag]).mean()
+        assert abs(together - share.mean() ** 2) < 5 * deviation
+
+
+def test_dropout_scales_gradients_as_values() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(3, 5, dtype=torch.float64).add(1).requires_grad_()
+    y = Dropout(0.4)(x)
+    y.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(y, x * x.grad)
+    assert (x.grad == 0).any() and (x.grad > 1).any()
+
+
+def test_dropout_follows_the_seed_and_rests_in_evaluation() -> None:
+    dropout, x = Dropout(0.5), torch.randn(7, 11)
+    outputs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        outputs.append(dropout(x))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+    assert torch.equal(dropout.eval()(x), x)
+    assert torch.equal(Dropout(0.0)(x), x)
+    assert torch.equal(Dropout(1.0)(x), torch.zeros_like(x))
+    assert Dropout(0.5)(torch.zeros(0, 3)).shape == (0, 3)
+    assert Dropout(0.5)(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", [PostNorm, PreNorm])

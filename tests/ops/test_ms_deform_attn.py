@@ -97,3 +97,37 @@ def test_a_projection_that_does_not_fit_is_named(position: int, name: str, chang
     value, references, offsets, logits = inputs
     with pytest.raises(ValueError, match=rf"{name} has shape .*expected"):
         ms_deform_attn_projected(value, SHAPES, references, offsets, logits)
+
+
+def test_dtypes_that_do_not_fit_are_named() -> None:
+    value, references, offsets, logits = raw(2)
+    with pytest.raises(ValueError, match=r"value has dtype torch.int64; expected one of torch.float64, "):
+        ms_deform_attn_projected(value.long(), SHAPES, references, offsets, logits)
+    with pytest.raises(ValueError, match=r"sampling_offsets has dtype torch.float64; expected torch.float32"):
+        ms_deform_attn_projected(value.float(), SHAPES, references.float(), offsets, logits.float())
+    inputs = plain()
+    with pytest.raises(
+        ValueError, match=r"attention_weights has dtype torch.float64; expected torch.float32, as value"
+    ):
+        ms_deform_attn(value.half(), SHAPES, inputs["sampling_locations"].half(), inputs["attention_weights"])
+
+
+def test_narrower_places_are_widened() -> None:
+    value, references, offsets, logits = raw(2)
+    narrow = [tensor.float() for tensor in (references, offsets, logits)]
+    wide = [tensor.double() for tensor in narrow]
+    torch.testing.assert_close(
+        ms_deform_attn_projected(value, SHAPES, *narrow), ms_deform_attn_projected(value, SHAPES, *wide), rtol=0, atol=0
+    )
+
+
+def test_nothing_is_copied_between_devices() -> None:
+    value, references, offsets, logits = raw(2)
+    with pytest.raises(ValueError, match=r"attention_logits is on meta, value on cpu: nothing is copied"):
+        ms_deform_attn_projected(value, SHAPES, references, offsets, logits.to("meta"))
+
+
+def test_sizes_without_cells() -> None:
+    value, references, offsets, logits = raw(2)
+    with pytest.raises(ValueError, match=r"spatial_shapes is \(\(4, 6\), \(0, 2\)\); expected heights and widths"):
+        ms_deform_attn_projected(value[:, :24], ((4, 6), (0, 2)), references, offsets, logits)

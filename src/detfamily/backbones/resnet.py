@@ -5,12 +5,13 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
+from detfamily.backbones.fold import conv_norm
 from detfamily.errors import CheckpointError
 
 _STAGES = {2: "layer1", 3: "layer2", 4: "layer3", 5: "layer4"}
@@ -69,13 +70,27 @@ class ResNet(nn.Module):
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> [(B, c, h, w)]"""
-        x = self.body.maxpool(self.body.relu(self.body.bn1(self.body.conv1(pixels))))
+        x = self.body.maxpool(conv_norm(self.body.conv1, self.body.bn1, pixels).relu_())
         maps = []
         for stage in range(2, self.stages[-1] + 1):
-            x = self.body.get_submodule(_STAGES[stage])(x)
+            for block in self.body.get_submodule(_STAGES[stage]).children():
+                x = _run_block(block, x)
             if stage in self.stages:
                 maps.append(x)
         return maps
+
+
+def _run_block(block: nn.Module, x: Tensor) -> Tensor:
+    """A block of two or three convolutions, as torchvision's own forward but for folded norms."""
+    branch, count = x, 3 if hasattr(block, "conv3") else 2
+    for index in range(1, count + 1):
+        conv, norm = block.get_submodule(f"conv{index}"), block.get_submodule(f"bn{index}")
+        branch = conv_norm(cast("nn.Conv2d", conv), norm, branch)
+        branch = branch.relu_() if index < count else branch
+    if block.downsample is not None:
+        conv, norm = cast("nn.Sequential", block.downsample)
+        x = conv_norm(cast("nn.Conv2d", conv), norm, x)
+    return branch.add_(x).relu_()
 
 
 def check_stages(stages: Sequence[int], available: Sequence[int] | dict[int, str]) -> None:

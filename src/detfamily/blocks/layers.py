@@ -5,10 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 Residual = Callable[[], "PostNorm | PreNorm"]
 """A factory of residual connections."""
+
+
+class Dropout(nn.Dropout):
+    """torch's dropout, with 16 random bits a number on the CPU: torch draws there one number at a time, on one thread.
+
+    That takes a sixth of a training step of Deformable DETR. The probability is rounded to a multiple of 2^-16, and
+    what is kept is scaled by the rounded one, so that the mean stays.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(...) -> (...)"""
+        dropped = round(self.p * 2**16)
+        if not self.training or not 0 < dropped < 2**16 or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(x)
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        bits = words.view(torch.int16)[: x.numel()].view(x.shape)
+        return x * (bits >= dropped - 2**15).to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
 
 class PostNorm(nn.Module):
@@ -17,7 +35,7 @@ class PostNorm(nn.Module):
     def __init__(self, embed_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(embed_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         """(B, N, C) -> (B, N, C)"""
@@ -31,7 +49,7 @@ class PreNorm(nn.Module):
     def __init__(self, embed_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(embed_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         """(B, N, C) -> (B, N, C)"""
@@ -55,7 +73,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.linear1 = nn.Linear(embed_dim, hidden_dim)
         self.activation = activation()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.linear2 = nn.Linear(hidden_dim, embed_dim)
         for linear in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(linear.weight)

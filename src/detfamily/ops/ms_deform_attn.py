@@ -29,7 +29,7 @@ def ms_deform_attn(
             or bfloat16.
         spatial_shapes: ((h, w), ...) of the L levels, Python ints; their areas add up to S.
         sampling_locations: (B, Q, M, L, P, 2) x, y normalised to the padded map: 0 and 1 are its borders. float32, or
-            float64 with float64 values; 16-bit numbers are taken as float32, though what they lost stays lost.
+            float64 with float64 values; narrower numbers are widened, though what they lost stays lost.
         attention_weights: (B, Q, M, L, P), as sampling_locations.
 
     Returns:
@@ -94,7 +94,7 @@ def _precise(name: str, tensor: Tensor, value: Tensor) -> Tensor:
     expected = torch.float64 if value.dtype == torch.float64 else torch.float32
     if tensor.dtype == expected:
         return tensor
-    if tensor.dtype in (torch.float16, torch.bfloat16):
+    if tensor.dtype in _VALUE_DTYPES and tensor.dtype.itemsize < expected.itemsize:
         return tensor.to(expected)
     raise ValueError(f"{name} has dtype {tensor.dtype}; expected {expected}, as value has dtype {value.dtype}")
 
