@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from detfamily.data.coco import SampleKey
-from detfamily.data.loader import TrainLoader, train_loader, validation_loader
+from detfamily.data.loader import TrainLoader, naming_lost_workers, train_loader, validation_loader
 from detfamily.data.transforms import Sample
-from detfamily.errors import DataError
+from detfamily.errors import DataError, LostWorkerError
 from detfamily.structures import Batch
 
 
@@ -211,3 +211,13 @@ def test_a_position_outside_the_epoch_is_refused() -> None:
     for epoch, done in ((-1, 0), (0, 9), (0, -1)):
         with pytest.raises(ValueError, match="no position"):
             loader.set_position(epoch, done)
+
+
+def test_a_reading_process_that_was_killed_is_an_error_that_says_what_to_do() -> None:
+    with pytest.raises(LostWorkerError, match="gone .DataLoader worker.*runtime.num_workers"), naming_lost_workers():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+
+def test_other_errors_are_no_matter_of_workers() -> None:
+    with pytest.raises(RuntimeError, match="shapes differ"), naming_lost_workers():
+        raise RuntimeError("shapes differ")

@@ -6,23 +6,23 @@ What a user can get wrong is checked here once, before any work, and named by it
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_jpeg
 
+from detfamily.data.check.annotations import scan
+from detfamily.data.check.files import missing_files
+from detfamily.data.check.findings import Findings
+from detfamily.data.check.splits import category_differences
+from detfamily.data.images import read_image
 from detfamily.data.labels import LabelMap
 from detfamily.data.transforms import Sample, Transform
 from detfamily.errors import DataError, nearest
@@ -66,6 +66,7 @@ class Annotations:
         area: (M,) float32, the file's own area (of the segmentation in COCO).
         crowds: number of crowd regions left out.
         degenerate: number of boxes left out for having no width or height inside the image.
+        errors: number of things that are wrong, but no reason not to train: see ``detfamily check-data``.
     """
 
     path: Path
@@ -79,6 +80,7 @@ class Annotations:
     area: Tensor
     crowds: int
     degenerate: int
+    errors: int
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -91,46 +93,30 @@ class Annotations:
     @classmethod
     def from_json(cls, content: Mapping[str, Any], path: Path) -> Annotations:
         """Check and convert the content of a COCO json; ``path`` is for messages only."""
-        for key in ("images", "annotations", "categories"):
-            if not isinstance(content.get(key), list):
-                raise DataError(f"{path} has no list {key!r}: a COCO json has 'images', 'annotations' and 'categories'")
-        images = sorted(content["images"], key=lambda image: _whole(image, "id", "an image", path))
-        image_ids = tuple(int(image["id"]) for image in images)
-        if not images:
-            raise DataError(f"{path} lists no images")
-        for before, after in pairwise(image_ids):
-            if before == after:
-                raise DataError(f"{path}: image id {after} occurs twice")
-        sizes = torch.tensor([_image_size(image, path) for image in images], dtype=torch.int64)
-        categories = _categories(content["categories"], path)
-
-        annotations = content["annotations"]
-        image_of = _image_indices(annotations, image_ids, path)
-        order = np.argsort(image_of, kind="stable")
-        annotations = [annotations[i] for i in order]
-        image_index = torch.from_numpy(image_of[order])
-        category_ids = _category_ids(annotations, categories, path)
-        xywh = _boxes(annotations, path)
-        _check_plausible(xywh, sizes[image_index], annotations, path)
-
-        crowd = torch.tensor([bool(one.get("iscrowd", 0)) for one in annotations], dtype=torch.bool)
-        area = torch.tensor([_area(one) for one in annotations], dtype=torch.float64).float()
-        boxes = clamped_xyxy(xywh.float(), sizes[image_index])
-        solid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        findings = Findings(most=5)
+        tables = scan(content, findings)
+        findings.refuse(path)
+        assert tables is not None
+        images, boxes = tables.images, tables.boxes
+        sizes, image_index = torch.from_numpy(images.sizes), torch.from_numpy(boxes.image_index)
+        corners = clamped_xyxy(torch.from_numpy(boxes.xywh).float(), sizes[image_index])
+        crowd = torch.from_numpy(boxes.crowd)
+        solid = (corners[:, 2:] > corners[:, :2]).all(dim=1)
         keep = solid & ~crowd
-        counts = torch.bincount(image_index[keep], minlength=len(images))
+        counts = torch.bincount(image_index[keep], minlength=len(images.ids))
         return cls(
             path=path,
-            categories=categories,
-            image_ids=image_ids,
-            file_names=tuple(_file_name(image, path) for image in images),
+            categories=tables.categories,
+            image_ids=images.ids,
+            file_names=images.file_names,
             sizes=sizes,
             starts=torch.cat((counts.new_zeros(1), counts.cumsum(0))),
-            boxes=boxes[keep],
-            category_ids=category_ids[keep],
-            area=area[keep],
+            boxes=corners[keep],
+            category_ids=torch.from_numpy(boxes.category_ids)[keep],
+            area=torch.from_numpy(boxes.area).float()[keep],
             crowds=int(crowd.sum()),
             degenerate=int((~solid & ~crowd).sum()),
+            errors=findings.number("error"),
         )
 
     @property
@@ -152,7 +138,8 @@ class Annotations:
             return text + f" (of {len(self)} images)"
         left_out = [(self.crowds, "crowd regions"), (self.degenerate, "boxes without extent")]
         named = " and ".join(f"{number} {what}" for number, what in left_out if number)
-        return text + (f" ({named} left out)" if named else "")
+        text += f" ({named} left out)" if named else ""
+        return text + (f" ({self.errors} doubtful entries: see detfamily check-data)" if self.errors else "")
 
 
 class CocoDetection(Dataset[Sample]):
@@ -240,8 +227,8 @@ class CocoDetection(Dataset[Sample]):
 class CocoData:
     """A data set in the COCO format: the choice ``data=coco``, and any other data set by overriding its arguments.
 
-    The validation annotations are read at once, the training annotations when training asks for them, so that a
-    checkpoint can be evaluated where only the validation set is.
+    Annotations are read when something asks for them, so that a checkpoint can be evaluated where only the validation
+    set is, and that all of what is wrong with a data set can be said (``detfamily check-data``).
 
     Args:
         root: folder of the data set.
@@ -288,11 +275,24 @@ class CocoData:
             raise DataError(f"data.validate_on={validate_on} does not exist; {nearest(validate_on, ('val', 'train'))}")
         self._folders = {"train": self.root / train_images, "val": self.root / val_images}
         self._files = {"train": self.root / train_annotations, "val": self.root / val_annotations}
-        self.label_map = maps[labels]([{"id": i, "name": n} for i, n in self._val.categories.items()])
+        self._make_label_map = maps[labels]
+
+    @cached_property
+    def label_map(self) -> LabelMap:
+        """Which category each column of the class head stands for."""
+        return self._make_label_map([{"id": i, "name": n} for i, n in self._val.categories.items()])
+
+    @property
+    def sources(self) -> dict[str, tuple[Path, Path]]:
+        """Split -> its annotation file and its image folder; "train" alone where it serves as validation, too."""
+        found = {split: (self._files[split], self._folders[split]) for split in ("train", "val")}
+        return {"train": found["train"]} if found["train"] == found["val"] else found
 
     def train(self, transform: Transform) -> CocoDetection:
         """The training set; DataError if its categories are not those of the validation set."""
         _check_same_categories(self._train, self._val)
+        if not len(self._train.boxes):
+            raise DataError(f"{self._train.path} has no objects to learn from: detfamily check-data says what it holds")
         return self._dataset("train", self._train, transform, self.limit_train)
 
     def validation(self, transform: Transform) -> CocoDetection:
@@ -357,20 +357,21 @@ class CocoData:
         self._check_files(split, found, indices)
         return CocoDetection(found, self._folders[split], self.label_map, transform, indices)
 
-    def _check_files(self, split: str, found: Annotations, indices: Sequence[int], most: int = 4) -> None:
-        """Look for the first few images, so that a wrong folder shows before training does."""
-        folder = self._folders[split]
-        names = [found.file_names[i] for i in indices[:most]]
-        missing = [name for name in names if not (folder / name).is_file()]
+    def _check_files(self, split: str, found: Annotations, indices: Sequence[int]) -> None:
+        """Look for all images, so that one that is missing shows before training does."""
+        folder, names = self._folders[split], [found.file_names[i] for i in indices]
+        missing = missing_files(folder, names)
         if not missing:
             return
+        first = names[missing[0]]
         places = {".": self.root, **{path.name: path for path in sorted(self.root.iterdir()) if path.is_dir()}}
-        hints = [name for name, place in places.items() if (place / missing[0]).is_file()]
+        hints = [name for name, place in places.items() if (place / first).is_file()]
         hint = f"; it is there with data.{split}_images={hints[0]}" if hints else ""
-        problem = "does not exist" if not folder.is_dir() else f"lacks {len(missing)} of the first {len(names)} images"
+        problem = f"lacks {len(missing)} of {len(names)} images" if folder.is_dir() else "does not exist"
         raise DataError(
-            f"the image folder {folder} {problem}: {found.path.name} names {missing[0]!r}{hint}. "
-            f"Set data.{split}_images=... to the folder (relative to data.root) in which these file names start"
+            f"the image folder {folder} {problem}: {found.path.name} names {first!r} (image "
+            f"{found.image_ids[indices[missing[0]]]}){hint}. Set data.{split}_images=... to the folder (relative to "
+            "data.root) in which these file names start; detfamily check-data names all that is missing"
         )
 
 
@@ -401,34 +402,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DETFAMILY_CACHE") or "~/.cache/detfamily").expanduser()
 
 
-def read_image(path: Path) -> Tensor:
-    """(3, H, W) uint8 RGB of an image file; grey, palette and CMYK images are converted.
-
-    torchvision decodes JPEG; PIL does all else, and the JPEGs that torchvision refuses. As in the official pipeline, an
-    orientation in the EXIF data is ignored: boxes refer to the pixels as stored.
-
-    Raises:
-        DataError: the file is missing, no image, or cut off.
-    """
-    try:
-        data = np.fromfile(path, dtype=np.uint8)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
-    if data[:2].tobytes() == b"\xff\xd8":
-        try:
-            return decode_jpeg(torch.from_numpy(data), mode=ImageReadMode.RGB)
-        except RuntimeError:
-            pass  # PIL knows more kinds, and says better what is wrong
-    try:
-        with Image.open(io.BytesIO(data.tobytes())) as image:
-            pixels = np.array(image.convert("RGB"))
-    except UnidentifiedImageError:
-        raise DataError(f"{path} is not an image, or its beginning is damaged") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} is damaged or cut off: {error}") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
 def clamped_xyxy(boxes_xywh: Tensor, sizes: Tensor) -> Tensor:
     """COCO's boxes (M, 4) as corners, clamped to images of (M, 2) height, width; all in pixels."""
     corners = torch.cat((boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]), dim=1)
@@ -455,119 +428,5 @@ def _checked_area_ranges(ranges: Mapping[str, Sequence[float]]) -> dict[str, tup
 
 
 def _check_same_categories(train: Annotations, val: Annotations) -> None:
-    if train.categories == val.categories:
-        return
-    only = [
-        f"only in {one.path.name}: " + ", ".join(f"{i} {one.categories[i]!r}" for i in ids[:5])
-        for one, other in ((train, val), (val, train))
-        if (ids := [i for i in one.categories if other.categories.get(i) != one.categories[i]])
-    ]
-    raise DataError("training and validation annotations have different categories; " + "; ".join(only))
-
-
-def _whole(entry: Any, key: str, what: str, path: Path) -> int:
-    value = entry.get(key) if isinstance(entry, dict) else None
-    if type(value) is not int:
-        shown = {k: entry[k] for k in list(entry)[:4]} if isinstance(entry, dict) else entry
-        raise DataError(f"{path}: {what} needs a whole number as its {key!r}, not {value!r} (in {shown!r})")
-    return value
-
-
-def _image_size(image: Mapping[str, Any], path: Path) -> tuple[int, int]:
-    what = f"image {image['id']}"
-    height, width = (_whole(image, key, what, path) for key in ("height", "width"))
-    if height < 1 or width < 1:
-        raise DataError(f"{path}: {what} has the impossible size {width}x{height}")
-    return height, width
-
-
-def _file_name(image: Mapping[str, Any], path: Path) -> str:
-    name = image.get("file_name")
-    if not isinstance(name, str) or not name:
-        raise DataError(f"{path}: image {image['id']} has no 'file_name'")
-    return name
-
-
-def _categories(entries: Sequence[Any], path: Path) -> dict[int, str]:
-    for entry in entries:
-        _whole(entry, "id", "a category", path)
-    try:
-        checked = LabelMap.contiguous(entries)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-    return {
-        category_id: checked.name(label)
-        for label, category_id in enumerate(checked.category_ids)
-        if category_id is not None
-    }
-
-
-def _image_indices(annotations: Sequence[Any], image_ids: Sequence[int], path: Path) -> np.ndarray:
-    """The index of each annotation's image."""
-    known = {image_id: index for index, image_id in enumerate(image_ids)}
-    indices = np.empty(len(annotations), dtype=np.int64)
-    for at, annotation in enumerate(annotations):
-        try:
-            indices[at] = known[annotation["image_id"]]
-        except (KeyError, TypeError):
-            image_id = _whole(annotation, "image_id", _named(annotation, at), path)
-            raise DataError(
-                f"{path}: {_named(annotation, at)} belongs to image {image_id}, which is not listed"
-            ) from None
-    return indices
-
-
-def _category_ids(annotations: Sequence[Mapping[str, Any]], categories: Mapping[int, str], path: Path) -> Tensor:
-    ids = [annotation.get("category_id") for annotation in annotations]
-    for at, category_id in enumerate(ids):
-        if type(category_id) is not int or category_id not in categories:
-            known = nearest(str(category_id), (str(one) for one in categories))
-            what = _named(annotations[at], at)
-            raise DataError(f"{path}: {what} has the category {category_id!r}, which is not listed; {known}")
-    return torch.tensor(ids, dtype=torch.int64)
-
-
-def _boxes(annotations: Sequence[Mapping[str, Any]], path: Path) -> Tensor:
-    """(M, 4) float64 x, y, w, h as in the file."""
-    boxes = [annotation.get("bbox") for annotation in annotations]
-    for at, box in enumerate(boxes):
-        numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(one, int | float) for one in box)
-        if not numbers:
-            what = _named(annotations[at], at)
-            raise DataError(f"{path}: {what} needs a 'bbox' of four numbers [x, y, width, height], not {box!r}")
-    values = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4)
-    for at in (~values.isfinite().all(dim=1)).nonzero()[:1, 0].tolist():
-        raise DataError(f"{path}: {_named(annotations[at], at)} has the box {boxes[at]!r}, which is not finite")
-    return values
-
-
-def _check_plausible(xywh: Tensor, sizes: Tensor, annotations: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Refuse boxes that are plainly of another format; a few bad ones are clamped or left out, as officially."""
-    if not len(xywh):
-        return
-    if xywh.max() <= 1 and sizes.min() > 16:
-        raise DataError(
-            f"{path}: all boxes lie between 0 and 1, so they seem to be relative to the image (image "
-            f"{annotations[0]['image_id']}: {annotations[0]['bbox']}); COCO's boxes are [x, y, width, height] in pixels"
-        )
-    if len(xywh) < 10:
-        return
-    if not (xywh[:, 2:] > 0).all(dim=1).any():
-        raise DataError(f"{path}: none of its {len(xywh)} boxes has a width and a height above 0")
-    outside = ((xywh[:, :2] + xywh[:, 2:]) > sizes.flip(1) + 2).any(dim=1)
-    if outside.double().mean() > 0.5:
-        first = annotations[int(outside.nonzero()[0, 0])]
-        raise DataError(
-            f"{path}: {int(outside.sum())} of {len(xywh)} boxes reach out of their image (image {first['image_id']}: "
-            f"{first['bbox']}); COCO's boxes are [x, y, width, height] in pixels, not two corners"
-        )
-
-
-def _area(annotation: Mapping[str, Any]) -> float:
-    area = annotation.get("area")
-    return float(area) if isinstance(area, int | float) else float(annotation["bbox"][2] * annotation["bbox"][3])
-
-
-def _named(annotation: Any, at: int) -> str:
-    known = isinstance(annotation, dict) and "id" in annotation
-    return f"annotation {annotation['id']}" if known else f"annotation number {at}"
+    if words := category_differences(train.categories, val.categories, (train.path.name, val.path.name)):
+        raise DataError(words)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from detfamily.data.batches import collate
 from detfamily.data.coco import SampleKey
 from detfamily.data.transforms import Sample
-from detfamily.errors import DataError
+from detfamily.errors import DataError, LostWorkerError
 from detfamily.structures import Batch
 
 
@@ -117,6 +118,26 @@ class ShareSampler:
         return iter(self.batches)
 
 
+@contextmanager
+def naming_lost_workers() -> Iterator[None]:
+    """Say what a user can do when a reading process was killed.
+
+    torch notices it in a signal handler, so that its error may come out of any line, not only out of the loader's.
+
+    Raises:
+        LostWorkerError: a worker is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise LostWorkerError(
+            f"a reading process is gone ({str(error).strip()}): most often memory ran out, the machine's or that of /dev/shm. "
+            "Lower runtime.num_workers; 0 reads in the training process"
+        ) from error
+
+
 class Loader:
     """Batches prepared ahead by worker processes; a DataError of a worker arrives as such, without the worker's trace.
 
@@ -149,10 +170,11 @@ class Loader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._batches:
-            if isinstance(batch, _Failure):
-                raise DataError(batch.message)
-            yield batch
+        with naming_lost_workers():
+            for batch in self._batches:
+                if isinstance(batch, _Failure):
+                    raise DataError(batch.message)
+                yield batch
 
 
 class TrainLoader(Loader):
