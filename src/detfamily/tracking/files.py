@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from detfamily.files import write_text_atomically
+from detfamily.files import append_text, write_text_atomically
 from detfamily.tracking.tracker import Metrics, RunInfo, Tracker
 
 EPOCHS, STEPS, TABLE = "metrics.jsonl", "train_steps.jsonl", "metrics.csv"
@@ -23,12 +23,14 @@ EPOCHS, STEPS, TABLE = "metrics.jsonl", "train_steps.jsonl", "metrics.csv"
 class FilesTracker(Tracker):
     """Writes ``metrics.jsonl``, ``metrics.csv`` and ``train_steps.jsonl`` into the run folder."""
 
+    essential = True  # where all other places get what they lack
+
     def start(self, run: RunInfo) -> None:
         self.folder = run.folder
-        for name in (EPOCHS, STEPS):
+        for name, key, last in ((EPOCHS, "epoch", run.epochs_done), (STEPS, "step", run.resumed_at)):
             path = self.folder / name
-            if run.resumed_at is not None and path.exists():
-                _rewrite(path, [row for row in read_rows(path) if row["step"] <= run.resumed_at])
+            if run.resumed_at is not None and last is not None and path.exists():
+                _rewrite(path, [row for row in read_rows(path) if row[key] <= last])
         self.epochs = read_rows(self.folder / EPOCHS)
 
     def log_step(self, metrics: Metrics, step: int) -> None:
@@ -60,8 +62,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
+    append_text(path, json.dumps(row, allow_nan=False) + "\n")
 
 
 def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:

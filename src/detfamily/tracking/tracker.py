@@ -22,6 +22,8 @@ class RunInfo:
         epochs: length of the run.
         resumed_at: the optimiser step that a resumed run goes on from; None for a new run. What was logged after that
             step, by the process that was cut off, will come again.
+        epochs_done: epochs that a resumed run has behind it. The row of the epoch under way comes again even if all
+            its steps are done: the process may have been cut off in its evaluation, or just after it.
     """
 
     name: str
@@ -29,14 +31,23 @@ class RunInfo:
     config: Mapping[str, Any]
     epochs: int
     resumed_at: int | None = None
+    epochs_done: int = 0
 
 
 class Tracker:
     """A place that keeps what a run reports. Only the main process has trackers.
 
     Constructors take the place's settings (they come from the configuration); the run introduces itself in ``start``.
-    A subclass overrides what it has a use for.
+    A subclass overrides what it has a use for, and may raise wherever it fails: ``Trackers`` decides what that means.
+
+    Attributes:
+        essential: whether a run without it is worth nothing, so that its failure ends the run.
+        patience: None for a place that is as fast as a local file. Else the tracker works in a thread of its own, and
+            this many seconds are the longest that the end of a run waits for it.
     """
+
+    essential: bool = False
+    patience: float | None = None
 
     def start(self, run: RunInfo) -> None:
         """Called once, before anything is logged."""
@@ -56,36 +67,12 @@ class Tracker:
     def log_image(self, name: str, path: Path, step: int) -> None:
         """A picture that was written to a file."""
 
-    def finish(self) -> None:
-        """Called once at the end, however the run ends."""
+    def finish(self, completed: bool = True) -> None:
+        """Called once at the end.
 
+        Args:
+            completed: whether the run went through; False after an error or an interruption.
+        """
 
-class Trackers(Tracker):
-    """Several trackers as one.
-
-    Args:
-        members: told in this order.
-    """
-
-    def __init__(self, members: list[Tracker]) -> None:
-        self.members = members
-
-    def start(self, run: RunInfo) -> None:
-        for member in self.members:
-            member.start(run)
-
-    def log_step(self, metrics: Metrics, step: int) -> None:
-        for member in self.members:
-            member.log_step(metrics, step)
-
-    def log_epoch(self, metrics: Metrics, epoch: int, step: int) -> None:
-        for member in self.members:
-            member.log_epoch(metrics, epoch, step)
-
-    def log_image(self, name: str, path: Path, step: int) -> None:
-        for member in self.members:
-            member.log_image(name, path, step)
-
-    def finish(self) -> None:
-        for member in self.members:
-            member.finish()
+    def abandon(self) -> None:
+        """Called from another thread when ``patience`` is over: let go of what would keep the process from ending."""
