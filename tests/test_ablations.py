@@ -18,6 +18,8 @@ from detfamily.data.transforms import Sample
 from detfamily.detector import Detector
 from detfamily.engine.optim import AdamW, clip_gradients
 from detfamily.engine.runtime import plan
+from detfamily.experiments.scale import Variant, identity, variants
+from detfamily.experiments.table import read_table
 from detfamily.structures import Images, Targets
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,6 +135,30 @@ def test_a_row_composes_builds_and_steps(file, row):
 def test_no_two_rows_are_the_same(file):
     configs = [to_container(small_row(file, row)) for row in table(file)["rows"]]
     assert all(one != other for index, one in enumerate(configs) for other in configs[:index])
+
+
+# The rows on the miniature that ``detfamily ablate`` runs
+
+
+@functools.cache
+def on_mini(file: Path) -> dict[str, Variant]:
+    return variants(read_table(file), "mini")
+
+
+@pytest.mark.parametrize(("file", "row"), rows())
+def test_a_row_fits_on_the_miniature(file, row):
+    variant = on_mini(file)[row["label"]]
+    assert variant.images is not None and 20_000 <= variant.images <= 100_000
+    if variant.row.weights_of is None:
+        cfg = compose("train", variant.overrides)
+        assert identity(cfg) == variant.identity
+        check(cfg)
+
+
+@pytest.mark.parametrize("file", TABLES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_no_two_rows_are_the_same_on_the_miniature(file):
+    found = on_mini(file)
+    assert len({one.identity for one in found.values()}) == len(found)
 
 
 def counted_rows() -> list[Any]:

@@ -1,0 +1,131 @@
+"""The results that a report is about: where they lie, and which of them belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from detfamily.errors import ConfigError, DataError, nearest
+from detfamily.experiments import results
+from detfamily.experiments.ablate import HOME, home
+from detfamily.experiments.results import FINISHED, PLAN, Plan, Record
+from detfamily.experiments.scale import scales
+from detfamily.experiments.statistics import Difference, difference
+from detfamily.experiments.table import Table, read_table
+
+USAGE = "detfamily report TABLE.yaml|FOLDER [scale=mini] [output_dir=FOLDER OF THE RUNS]"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A table with the records that a report is about: one code, and one configuration for each row.
+
+    Attributes:
+        table: the table.
+        plan: what was asked for.
+        records: of the plan.
+        left_out: finished runs of other code or settings in the same folder.
+    """
+
+    table: Table
+    plan: Plan
+    records: tuple[Record, ...]
+    left_out: int = 0
+
+    def values(self, label: str, metric: str = "AP") -> dict[int, float]:
+        """Seed -> value in per cent."""
+        return results.values(self.records, label, metric)
+
+    @property
+    def labels(self) -> list[str]:
+        """Rows with a finished run, in the table's order."""
+        return [label for label in self.table.labels if self.values(label)]
+
+    @property
+    def others(self) -> list[str]:
+        """The same without the baseline."""
+        return [label for label in self.labels if label != self.table.baseline]
+
+    def difference(self, label: str, metric: str = "AP") -> Difference:
+        """A row minus the baseline, points."""
+        return difference(self.values(label, metric), self.values(self.table.baseline, metric))
+
+
+def read_findings(words: Sequence[str]) -> Findings:
+    """The results that the words mean.
+
+    Raises:
+        ConfigError: not one table or folder, an unknown word or scale, or several scales to choose from.
+        DataError: no results yet.
+    """
+    own = {key: value for key, equals, value in (word.partition("=") for word in words) if equals}
+    places = [word for word in words if "=" not in word]
+    if len(places) != 1 or (unknown := set(own) - {"scale", "output_dir"}):
+        reason = f"{nearest(min(unknown), ['scale', 'output_dir'])}; " if len(places) == 1 else ""
+        raise ConfigError(f"{reason}expected one table or one folder of runs\nusage: {USAGE}")
+    scale = own.get("scale")
+    if scale is not None and scale not in scales():
+        raise ConfigError(f"there is no scale {scale!r}: {nearest(scale, scales())}")
+    place = Path(places[0]).expanduser()
+    if place.is_dir():
+        return of_folder(place)
+    table = read_table(place)
+    if "output_dir" in own:
+        return of_folder(Path(own["output_dir"]).expanduser(), table)
+    folders = [home(table, scale)] if scale else sorted((HOME / table.name).parent.glob(f"{table.path.stem}-*"))
+    folders = [one for one in folders if (one / PLAN).is_file() and Plan.read(one).scale == one.name.rpartition("-")[2]]
+    if len(folders) > 1:
+        names = ", ".join(f"scale={Plan.read(one).scale}" for one in folders)
+        raise ConfigError(f"{table.name} has results on several scales, say which: {names}")
+    return of_folder(folders[0], table) if folders else of_file(table, scale)
+
+
+def of_folder(folder: Path, table: Table | None = None) -> Findings:
+    """The results of the last plan of a folder of runs.
+
+    Raises:
+        DataError: the folder holds none.
+    """
+    if not (folder / PLAN).is_file():
+        raise DataError(f"no results yet in {folder}: detfamily ablate TABLE.yaml scale=... output_dir={folder}")
+    plan = Plan.read(folder)
+    table = table or read_table(plan.table)
+    every = results.collect(folder)
+    mine = tuple(one for one in every if plan.holds(one))
+    others = sum(one["status"] == FINISHED and not plan.holds(one) for one in every)
+    return _checked(Findings(table, plan, mine, others), str(folder))
+
+
+def of_file(table: Table, scale: str | None = None) -> Findings:
+    """The results that lie beside a table.
+
+    Raises:
+        DataError: there are none, or they mix code or configurations.
+    """
+    file = table.path.with_suffix(".jsonl")
+    if not file.is_file():
+        way = f"detfamily ablate {table.path} scale={scale or 'mini'} seeds=3"
+        raise DataError(f"no results yet of {table.name}: {way}")
+    records = results.read_results(file)
+    rows: dict[str, str] = {}
+    for one in records:
+        first = records[0]
+        if (one["code"], one["scale"]) != (first["code"], first["scale"]) or (
+            rows.setdefault(one["row"], one["config"]) != one["config"]
+        ):
+            raise DataError(f"{file} mixes runs of different code, scale or settings: {one['row']}, seed {one['seed']}")
+    if not records or (scale and scale != records[0]["scale"]):
+        raise DataError(f"no results yet of {table.name} on scale={scale or 'mini'} in {file}")
+    first = records[0]
+    remarks = {one["row"]: one["remark"] for one in records if one.get("remark")}
+    seeds = tuple(sorted({one["seed"] for one in records}))
+    further = tuple(first.get("further", ()))
+    plan = Plan(str(table.path), first["scale"], seeds, further, rows, remarks, first["code"], first["commit"])
+    return _checked(Findings(table, plan, tuple(records)), str(file))
+
+
+def _checked(found: Findings, where: str) -> Findings:
+    if not found.labels:
+        raise DataError(f"no results yet in {where}: no run of the last plan has finished; the same ablate goes on")
+    return found

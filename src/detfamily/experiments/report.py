@@ -1,0 +1,51 @@
+"""``detfamily report``: what the runs of a table say, beside what the paper says, as Markdown with pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from detfamily.experiments import results
+from detfamily.experiments.findings import Findings, read_findings
+from detfamily.experiments.page import markdown
+from detfamily.experiments.plots import plot_curves, plot_differences
+from detfamily.files import write_text_atomically
+
+PICTURES = "pictures"
+
+
+def report(words: Sequence[str]) -> None:
+    """Write the report of a table: ``<table>.md``, ``<table>.jsonl`` and pictures, beside the table.
+
+    Args:
+        words: a table or a folder of runs, and ``scale=`` or ``output_dir=``.
+
+    Raises:
+        ConfigError, DataError: there is no such table, scale or result.
+    """
+    found = read_findings(words)
+    for file in write_report(found):
+        print(file)
+
+
+def write_report(found: Findings) -> list[Path]:
+    """Write all files; returns them."""
+    page, stem = found.table.path.with_suffix(".md"), found.table.path.stem
+    pictures = page.parent / PICTURES
+    files = [page, page.with_suffix(".jsonl")]
+    own = {"further": list(found.plan.further)}
+    records = [{**one, **own, "remark": found.plan.remarks.get(one["row"], "")} for one in found.records]
+    results.write_results(files[1], records)
+    drawn: dict[str, str] = {}
+    if found.others and found.values(found.table.baseline):
+        files.append(pictures / f"{stem}-differences.png")
+        published = {label: found.table.published_difference(label) for label in found.others}
+        plot_differences({label: found.difference(label) for label in found.others}, published, files[-1])
+        drawn["Differences to the baseline"] = f"{PICTURES}/{files[-1].name}"
+    if plot_curves(found.records, found.labels, pictures / f"{stem}-curves.png"):
+        files.append(pictures / f"{stem}-curves.png")
+        drawn["AP against images seen: a thin line for each seed, the thick one is their mean"] = (
+            f"{PICTURES}/{files[-1].name}"
+        )
+    write_text_atomically(page, markdown(found, drawn))
+    return files

@@ -1,0 +1,187 @@
+"""The tables of ``experiments/``: what a paper varies, and the overrides that express it; its README has the keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from detfamily.config import groups
+from detfamily.errors import ConfigError, nearest
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_PUBLISHED = (*METRICS, "params_m", "gflops")
+_TABLE_KEYS = ("title", "claim", "source", "base", "baseline", "rows", "not_expressed")
+_ROW_KEYS = ("label", "overrides", "published", "difference", "weights_of", "note")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant.
+
+    Attributes:
+        label: its name in the table.
+        overrides: on top of the table's base.
+        published: figures that the source prints, AP in per cent.
+        difference: to the baseline, in per cent, where the source prints only that.
+        weights_of: label of the row whose weights are evaluated with these overrides; None for a row that is trained.
+        note: a remark.
+    """
+
+    label: str
+    overrides: tuple[str, ...]
+    published: Mapping[str, float] = field(default_factory=dict)
+    difference: Mapping[str, float] = field(default_factory=dict)
+    weights_of: str | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Variants that belong together.
+
+    Attributes:
+        path: the file.
+        title: what is varied.
+        claim: what the source found.
+        source: where.
+        base: a choice of configs/experiment, the same for all rows.
+        baseline: label of the row that the others are compared with.
+        rows: in the order of the file.
+    """
+
+    path: Path
+    title: str
+    claim: str
+    source: str
+    base: str
+    baseline: str
+    rows: tuple[Row, ...]
+
+    @property
+    def name(self) -> str:
+        """``paper/table``, as the folder and the file are called."""
+        return f"{self.path.resolve().parent.name}/{self.path.stem}"
+
+    @property
+    def labels(self) -> list[str]:
+        return [row.label for row in self.rows]
+
+    def row(self, label: str) -> Row:
+        """The row of a label.
+
+        Raises:
+            ConfigError: there is none, with the nearest labels.
+        """
+        for row in self.rows:
+            if row.label == label:
+                return row
+        raise ConfigError(f"{self.path} has no row {label!r}: {nearest(label, self.labels)}")
+
+    def published_difference(self, label: str, metric: str = "AP") -> float | None:
+        """What the source says a row differs from the baseline by, per cent; None where it does not say."""
+        row, base = self.row(label), self.row(self.baseline)
+        if metric in row.difference:
+            return float(row.difference[metric])
+        if metric in row.published and metric in base.published:
+            return float(row.published[metric]) - float(base.published[metric])
+        return None
+
+
+def read_table(path: str | Path) -> Table:
+    """Read a table.
+
+    Raises:
+        ConfigError: there is no such file, it is not YAML, or a key is missing, unknown or not what it should be; with
+            the file and the key.
+    """
+    path = Path(path).expanduser()
+    content = _load(path)
+    _check_keys(content, _TABLE_KEYS, ("not_expressed",), str(path))
+    for key in _TABLE_KEYS[:5]:
+        _check(isinstance(content[key], str) and bool(content[key].strip()), path, key, "a text", content[key])
+    known = groups()["experiment"]
+    if content["base"] not in known:
+        near = nearest(content["base"], known)
+        raise ConfigError(f"{path}: base: there is no experiment {content['base']!r}: {near}")
+    found = content["rows"]
+    _check(isinstance(found, list) and len(found) > 0, path, "rows", "a list of rows", found)
+    rows = tuple(_row(path, index, one) for index, one in enumerate(found))
+    title, claim, source, base, baseline = (content[key].strip() for key in _TABLE_KEYS[:5])
+    table = Table(path, title, claim, source, base, baseline, rows)
+    _check_labels(table)
+    return table
+
+
+def _load(path: Path) -> Any:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        raise ConfigError(f"there is no table {path}: {_nearby(path)}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold a mapping with {', '.join(_TABLE_KEYS[:-1])}")
+    return content
+
+
+def _nearby(path: Path) -> str:
+    folder = next((one for one in (path, *path.parents) if one.is_dir()), Path())
+    found = [*folder.glob("*.yaml"), *folder.glob("*/*.yaml"), *Path("experiments").glob("*/*.yaml")]
+    return (
+        nearest(str(path), map(str, found)) if found else "a table is a YAML file such as experiments/PAPER/TABLE.yaml"
+    )
+
+
+def _check_keys(given: Mapping[Any, Any], known: Sequence[str], optional: Iterable[str], where: str) -> None:
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}: {nearest(str(key), known)}")
+    missing = [key for key in known if key not in given and key not in optional]
+    if missing:
+        raise ConfigError(f"{where}: {missing[0]} is missing")
+
+
+def _check(right: bool, path: Path, key: str, expected: str, given: object) -> None:
+    if not right:
+        raise ConfigError(f"{path}: {key}: expected {expected}, not {given!r}")
+
+
+def _row(path: Path, index: int, given: Any) -> Row:
+    where = f"rows.{index}"
+    _check(isinstance(given, dict), path, where, "a mapping with label and overrides", given)
+    label = given.get("label")
+    _check(isinstance(label, str) and bool(label.strip()), path, f"{where}.label", "a text (in quotes)", label)
+    where = f"{where} ({label})"
+    _check_keys(given, _ROW_KEYS, _ROW_KEYS[2:], f"{path}: {where}")
+    overrides = given["overrides"]
+    fine = isinstance(overrides, list) and all(isinstance(one, str) for one in overrides)
+    _check(fine, path, f"{where}.overrides", "a list of overrides such as [decoder=refine]", overrides)
+    for key, known in (("published", _PUBLISHED), ("difference", METRICS)):
+        figures = given.get(key, {})
+        _check(isinstance(figures, dict), path, f"{where}.{key}", "a mapping such as {AP: 43.8}", figures)
+        _check_keys(figures, known, known, f"{path}: {where}.{key}")
+        for name, value in figures.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            _check(number, path, f"{where}.{key}.{name}", "a number", value)
+    for key in ("weights_of", "note"):
+        _check(given.get(key) is None or isinstance(given[key], str), path, f"{where}.{key}", "a text", given.get(key))
+    return Row(**{**given, "overrides": tuple(overrides)})
+
+
+def _check_labels(table: Table) -> None:
+    """Labels are unique, and each that is named exists; weights come from rows that are trained."""
+    path, labels = table.path, table.labels
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ConfigError(f"{path}: rows: the label {label!r} stands for {labels.count(label)} rows")
+    if table.baseline not in labels:
+        raise ConfigError(f"{path}: baseline: there is no row {table.baseline!r}: {nearest(table.baseline, labels)}")
+    trained = [row.label for row in table.rows if row.weights_of is None]
+    for row in table.rows:
+        if row.weights_of is not None and row.weights_of not in trained:
+            near = nearest(row.weights_of, trained)
+            raise ConfigError(f"{path}: {row.label}.weights_of: no row {row.weights_of!r} is trained: {near}")
