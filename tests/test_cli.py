@@ -1,6 +1,7 @@
 """The command line: what is printed, where, and with which exit status."""
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import yaml
 
 from detfamily import __version__, cli
 from detfamily.config import configs_dir, groups_of
-from detfamily.errors import DataError
+from detfamily.errors import DataError, ElsewhereError, LostWorkerError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -107,7 +108,7 @@ def test_help_lists_what_there_is_to_choose_from(seen, capsys):
     assert "size  large  small" in text and "detfamily toy size=large seed=3" in text
     for words in ([], ["--help"]):
         assert cli.main(words) == 0
-        assert "toy       does next to nothing" in capsys.readouterr().out
+        assert re.search(r"^  toy +does next to nothing$", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", list(cli.COMMANDS))
@@ -142,3 +143,26 @@ def test_the_other_doors_lead_to_the_same_place(words, tmp_path):
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"detfamily {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "error", "said"),
+    [
+        (None, None, DataError("no"), "detfamily: no\n"),
+        ("0", "0", ElsewhereError("gone"), "detfamily: gone\n"),
+        ("1", "1", DataError("no"), ""),
+        ("8", "0", DataError("no"), "detfamily, process 8: no\n"),
+        ("8", "0", ElsewhereError("gone"), ""),
+        ("9", "1", LostWorkerError("killed"), "detfamily, process 9: killed\n"),
+    ],
+)
+def test_one_process_of_each_machine_reports_an_error(monkeypatch, capsys, rank, local_rank, error, said):
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank)):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+
+    def fails(words):
+        raise error
+
+    monkeypatch.setattr(cli, "_dispatch", fails)
+    assert cli.main(["train"]) == cli.FAILED
+    assert capsys.readouterr().err == said

@@ -18,6 +18,9 @@ from detfamily.config import compose, configs_dir, groups, groups_of, to_contain
 from detfamily.config.containers import dotted, walk
 from detfamily.config.registry import read_yaml
 from detfamily.engine.evaluate import on_top_of, split_overrides
+from detfamily.experiments.ablate import read_request
+from detfamily.experiments.scale import variants
+from detfamily.predict.command import own_fields
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -67,14 +70,39 @@ def test_a_command_makes_a_detector(given):
     assert options <= set(cli.OPTIONS)
     name, *overrides = [word for word in given if word not in options] or ["train"]
     assert name in cli.COMMANDS
+    config = cli.COMMANDS[name].config
+    if cli.COMMANDS[name].composed and config not in (None, "train"):  # It has settings of its own, and no detector.
+        return validate(compose(config, overrides))
     if "..." in overrides:  # Stands for what else a reader's own run needs.
         overrides = ["data.root=.", *(word for word in overrides if word != "...")]
+    if name in ("ablate", "report"):
+        check_table(name, overrides)
+        return
     on_checkpoint = False
     if name == "evaluate":
         own, overrides = split_overrides(overrides, ("checkpoint", "results", "output_dir"))
         assert (own["checkpoint"] is None) != (own["results"] is None)
         on_checkpoint = own["checkpoint"] is not None
+    if name == "predict":
+        own, overrides = own_fields(overrides)
+        on_checkpoint = own["checkpoint"] is not None and own["source"] is not None
+        assert on_checkpoint
+    if name == "convert":  # Two files, and overrides of the config that an official file gets.
+        assert len(overrides) >= 2 and not any("=" in word for word in overrides[:2])
+        _, overrides = split_overrides(overrides[2:], ("categories",))
     check(on_checkpoint, tuple(overrides))
+
+
+def check_table(name: str, words: list[str]) -> None:
+    """The table exists, and so do the rows, the scale and the settings."""
+    words = [str(ROOT / word) if word.startswith("experiments/") else word for word in words]
+    if name == "ablate":
+        request = read_request(words)
+        variants(request.table, request.scale, request.further)
+    else:
+        places = [word for word in words if "=" not in word]
+        assert len(places) == 1 and (Path(places[0]).is_file() or places[0].startswith("runs/ablate/"))
+        assert {word.partition("=")[0] for word in words if "=" in word} <= {"scale", "output_dir"}
 
 
 @functools.cache

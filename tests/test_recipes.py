@@ -22,7 +22,7 @@ from detfamily.engine.schedule import Schedule
 from detfamily.structures import Images
 
 ROOT = Path(__file__).resolve().parents[1]
-OWN = ("demo", "overfit")
+OWN = ("demo", "overfit", "finetune")
 """Experiments that are ours and reproduce nothing."""
 RECIPES = [name for name in groups()["experiment"] if name not in OWN]
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from detfamily import __version__
-from detfamily.errors import DetfamilyError, nearest
+from detfamily.errors import DetfamilyError, ElsewhereError, LostWorkerError, nearest
 
 FAILED = 2
 INTERRUPTED = 130
@@ -92,6 +92,73 @@ COMMANDS = {
             composed=False,
         ),
         Command(
+            "predict",
+            "detect objects in an image, a folder or a pattern of files; leaves drawn images and one json",
+            "train",
+            "detfamily.predict.command:predict",
+            (
+                "checkpoint=runs/detr/best.pt source=photo.jpg",
+                "checkpoint=runs/detr/best.pt source=photos threshold=0.3 output_dir=found",
+                "checkpoint=runs/detr/best.pt 'source=photos/**/*.png' device=cuda batch_size=8 draw=false",
+            ),
+            composed=False,
+        ),
+        Command(
+            "check-data",
+            "name every bad image and box of a data set, and say what it holds; status 1 if something is wrong",
+            "train",
+            "detfamily.data.check.command:check_data",
+            (
+                "data=coco data.root=/data/coco",
+                "data=coco data.root=/data/coco family=detr check.limit=0 check.report=problems.json",
+            ),
+        ),
+        Command(
+            "convert",
+            "turn an official checkpoint into ours, which evaluate and init_from read, or ours into an official one",
+            "train",
+            "detfamily.convert:convert",
+            (
+                "detr-r50-e632da11.pth detr.pt",
+                "r50_deformable_detr-checkpoint.pth deformable.pt",
+                "boats.pth boats.pt categories=/data/boats/annotations/train.json backbone.dilation=true",
+                "runs/deformable_detr/best.pt official.pth",
+            ),
+            composed=False,
+        ),
+        Command(
+            "import-data",
+            "write COCO json files for a data set in the layout of VOC or YOLO",
+            "import-data",
+            "detfamily.data.importers.command:import_data",
+            (
+                "format=voc root=/data/VOC2012",
+                "format=yolo root=/data/birds output=/data/birds/coco",
+            ),
+        ),
+        Command(
+            "ablate",
+            "train every row of an ablation table with several seeds, as far as it is not done yet; one results file",
+            "train",
+            "detfamily.experiments.ablate:ablate",
+            (
+                "experiments/deformable_detr/variants.yaml scale=mini seeds=3",
+                "experiments/detr/encoder_depth.yaml scale=coco data.root=/data/coco seeds=[0] 'rows=0 layers,6 layers'",
+                "experiments/deformable_detr/attention.yaml scale=mini seeds=2 jobs=2 schedule.epochs=5",
+            ),
+            composed=False,
+        ),
+        Command(
+            "report",
+            "write the results of an ablation table beside the published ones, with intervals and curves",
+            None,
+            "detfamily.experiments.report:report",
+            (
+                "experiments/deformable_detr/variants.yaml",
+                "runs/ablate/deformable_detr/variants-mini",
+            ),
+        ),
+        Command(
             "doctor",
             "show what is installed and which code computes the op, and check it; status 1 if it is wrong",
             None,
@@ -118,12 +185,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DetfamilyError as error:
         if os.environ.get("DETFAMILY_DEBUG") == "1":
             raise
-        print("detfamily: " + str(error).replace("\n", "\n  "), file=sys.stderr)
+        if speaker := _speaker(error):
+            print(f"{speaker}: " + str(error).replace("\n", "\n  "), file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("detfamily: interrupted", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _speaker(error: DetfamilyError) -> str | None:
+    """Who reports an error, or None: of the processes that ``torchrun`` starts, one on each machine at the most."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        return "detfamily"
+    alike = os.environ.get("LOCAL_RANK", rank) != "0" and not isinstance(error, LostWorkerError)
+    return None if alike or isinstance(error, ElsewhereError) else f"detfamily, process {rank}"
 
 
 def _dispatch(words: list[str]) -> None:
@@ -171,8 +248,9 @@ def command_help(command: Command) -> str:
 
     if command.config is None:
         return f"detfamily {command.name}: {command.summary}"
-    lines = [f"detfamily {command.name}: {command.summary}", "", "Groups and their choices (GROUP=CHOICE):"]
     found = groups_of(command.config)
+    lines = [f"detfamily {command.name}: {command.summary}"]
+    lines += ["", "Groups and their choices (GROUP=CHOICE):"] if found else []
     width = max(map(len, found), default=0)
     for group, choices in found.items():
         text = textwrap.wrap("  ".join(choices), 116 - width, break_long_words=False, break_on_hyphens=False)

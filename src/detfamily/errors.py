@@ -18,12 +18,27 @@ class DataError(DetfamilyError, ValueError):
     """A data set that is missing, broken, or not what its annotations say."""
 
 
+class LostWorkerError(DataError):
+    """A reading process was killed, for which it can say no reason itself."""
+
+
 class CheckpointError(DetfamilyError, RuntimeError):
     """A checkpoint that cannot be read, or does not fit the model."""
 
 
 class NonFiniteError(DetfamilyError, FloatingPointError):
     """NaN or infinity where training needs a number; names the tensor and the images."""
+
+
+class OutputError(DetfamilyError, OSError):
+    """A file that cannot be written: a full disk, missing rights. Made as an OSError: number, reason, file."""
+
+    def __str__(self) -> str:
+        return f"cannot write {self.filename}: {self.strerror}"
+
+
+class ElsewhereError(DetfamilyError):
+    """What ended this process happened in another one, which says it: this one stays silent on the command line."""
 
 
 def nearest(word: str, options: Iterable[str], most: int = 3) -> str:

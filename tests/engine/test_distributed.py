@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from detfamily.engine.distributed import World, join
+from detfamily.errors import DataError
 
 SCRIPT = """
 import json, sys, torch
 from torch import nn
 from detfamily.engine.distributed import join
+from detfamily.errors import DataError, DetfamilyError, ElsewhereError
 
 found = {}
 for repeat in range(2):  # a process may have several runs, one after the other
@@ -33,6 +35,18 @@ for repeat in range(2):  # a process may have several runs, one after the other
         world.barrier()
         world.say("once")
     found["left"] = not torch.distributed.is_initialized()
+with join("cpu") as world:
+    try:
+        world.end_together(DataError("image 7 is gone") if world.rank == 1 else None)
+    except DetfamilyError as error:
+        found["ended_by"] = f"{type(error).__name__}: {error}"
+try:
+    with join("cpu") as world:
+        if world.is_main:
+            raise DataError("nobody else knows")
+        world.barrier()
+except (DataError, ElsewhereError) as error:
+    found["lost"] = type(error).__name__
 print(json.dumps(found))
 """
 
@@ -77,6 +91,17 @@ def test_the_main_process_goes_first_and_speaks_alone(two):
     assert [out.count("once") for out in outs] == [2, 0]
 
 
+def test_an_error_of_one_ends_all_and_is_said_once(two):
+    found, _ = two
+    assert found[0]["ended_by"] == "DataError: image 7 is gone"
+    assert found[1]["ended_by"] == "ElsewhereError: another process has met an error"
+
+
+def test_a_process_that_is_gone_is_noticed(two):
+    found, _ = two
+    assert [one["lost"] for one in found] == ["DataError", "ElsewhereError"]
+
+
 def test_one_process_needs_nobody(monkeypatch, capsys):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -88,4 +113,6 @@ def test_one_process_needs_nobody(monkeypatch, capsys):
         with world.main_first():
             world.barrier()
         world.say("hello")
+        with pytest.raises(DataError, match="mine"):
+            world.end_together(DataError("mine"))
     assert capsys.readouterr().out == "hello\n"

@@ -27,12 +27,37 @@ def listening():
 
 
 def test_the_second_ctrl_c_acts_at_once(listening):
-    with Interruption() as interruption, pytest.raises(KeyboardInterrupt):
+    with Interruption(grace=0) as interruption, pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         while not interruption.wanted:  # two signals that come before Python looks count as one
             time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(10)
+
+
+def test_signals_that_come_together_are_one_wish():
+    """A batch system and torchrun both send it."""
+    with Interruption(grace=60) as interruption:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+            while interruption.signal is None:
+                time.sleep(0.001)
+        assert interruption.exit_code == 128 + signal.SIGTERM
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_the_second_sigterm_ends_the_process():
+    child = os.fork()
+    if child == 0:
+        with Interruption(grace=0) as interruption:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not interruption.wanted:
+                time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
 
 
 def test_handlers_are_put_back():

@@ -60,3 +60,34 @@ def test_an_epoch_goes_on_from_its_state():
         one.step_done()
         one.read()
     assert other.epoch() == meter.epoch() == {"loss": 1.5}
+
+
+def summed_up(world=None):
+    meter = LossMeter(world or World())
+    for value in (1.0, 0.1):
+        meter.add(scalars(loss=value))
+        meter.step_done()
+    return meter
+
+
+def test_a_window_goes_on_in_the_middle_with_the_same_bits():
+    whole, first, second = summed_up(), summed_up(), LossMeter(World())
+    second.load_state_dict(first.state_dict(), [first.window()])
+    for meter in (whole, second):
+        meter.add(scalars(loss=0.7))
+        meter.step_done()
+    assert second.read() == whole.read() and second.epoch() == whole.epoch()
+
+
+def test_the_windows_of_other_processes_are_not_lost():
+    states = [summed_up().window() for _ in range(3)]
+    meter = LossMeter(World())
+    meter.load_state_dict({}, states)
+    ((names, sums),) = meter.window()
+    assert names == ["loss"] and sums[:, 0].tolist() == pytest.approx([3.3, 6.0])
+    other = LossMeter(World(rank=1, size=2))
+    other.load_state_dict({}, states)
+    assert other.window() == []
+    same = LossMeter(World(rank=1, size=3))
+    same.load_state_dict({}, states)
+    assert torch.equal(same.window()[0][1], states[1][0][1])

@@ -13,6 +13,7 @@ from detfamily.engine.optim import (
     AdamW,
     Ema,
     FiniteGuard,
+    RunningStatistics,
     assign,
     clip_gradients,
     gated_step,
@@ -253,6 +254,26 @@ def test_the_guard_skips_but_not_forever(capsys):
     board(guard, NAN)
     with pytest.raises(NonFiniteError, match="steps in a row"):
         guard.look()
+
+
+def test_the_guard_explains_what_it_reports():
+    guard = FiniteGuard(World(), skip=False, explain=lambda: "First is the third")
+    board(guard, NAN)
+    with pytest.raises(NonFiniteError, match="left as they were. First is the third. To leave such steps out"):
+        guard.look()
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_running_statistics_keep_no_trace_of_a_step_that_was_not_finite(finite):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    statistics = RunningStatistics(model)
+    model(torch.rand(2, 3, 5, 5))
+    statistics.remember()
+    before = [one.clone() for one in model.buffers()]
+    model(torch.full((2, 3, 5, 5), 1.0 if finite else NAN))
+    statistics.settle(torch.tensor(finite))
+    assert [torch.equal(one, other) for one, other in zip(before, model.buffers(), strict=True)] == [not finite] * 3
+    assert all(one.isfinite().all() for one in model.buffers())
 
 
 def test_a_finite_step_ends_the_row():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from detfamily.config import compose, to_container
 from detfamily.criterion import Losses
 from detfamily.engine import checkpoint, optim
 from detfamily.engine import train as loop
+from detfamily.engine.evaluate import evaluate
 from detfamily.engine.train import Trainer, train
-from detfamily.errors import CheckpointError, ConfigError, NonFiniteError
+from detfamily.errors import CheckpointError, ConfigError, NonFiniteError, OutputError
 from detfamily.tracking.files import read_rows
 
 
@@ -260,6 +262,7 @@ import sys
 import torch
 from detfamily.config import compose
 from detfamily.engine import optim, train as loop
+from detfamily.engine.evaluate import evaluate
 
 folder, families, overrides = sys.argv[1], sys.argv[2].split(","), sys.argv[3:]
 for family in families:
@@ -271,17 +274,22 @@ for family in families:
     loop.gated_step = record
     own = [one for one in overrides if family == "deformable_detr" or "sampling" not in one]
     loop.train(compose("train", [f"family={family}", *own, f"output_dir={folder}/{family}"]))
+    evaluate([f"checkpoint={folder}/{family}/last.pt", f"output_dir={folder}/{family}-two"])
 """
 
 
 def test_two_processes_are_one_with_twice_the_batch(tiny, tmp_path, gradients):
-    """Through torchrun, as users start it: gradients, logged losses, evaluation; and only one of them speaks."""
+    """Through torchrun, as users start it: gradients, logged losses, evaluation; and only one of them speaks.
+
+    There are five images to evaluate, so one process has one more than the other.
+    """
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     own = [one for one in tiny if not one.startswith(("family=", "backbone"))]
     ran = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)),
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *("--redirects=3", f"--log-dir={tmp_path / 'said'}", str(script)),
             *(str(tmp_path), ",".join(FAMILIES), *own, *ALIKE, "optimizer.groups.sampling=null"),
         ],
         capture_output=True,
@@ -289,10 +297,15 @@ def test_two_processes_are_one_with_twice_the_batch(tiny, tmp_path, gradients):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=240,
     )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    assert "4 = 2 images at once x 2 processes" in ran.stdout
-    for line in ("training ", "epoch 1/1", " Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all", "results  "):
-        assert sum(text.startswith(line) for text in ran.stdout.splitlines()) == len(FAMILIES), line
+    said = {
+        path.relative_to(path.parents[1]).as_posix(): path.read_text() for path in (tmp_path / "said").rglob("*.log")
+    }
+    assert ran.returncode == 0, (ran.stderr[-3000:], said)
+    assert said["1/stdout.log"] == said["1/stderr.log"] == ""
+    out = said["0/stdout.log"]
+    assert "4 = 2 images at once x 2 processes" in out
+    for line in ("training ", "epoch 1/1", "evaluating ", "results  "):
+        assert sum(text.startswith(line) for text in out.splitlines()) == len(FAMILIES), line
     for family in FAMILIES:
         gradients.clear()
         one = train(alike(tiny, family, tmp_path / f"{family}-one"))
@@ -300,10 +313,14 @@ def test_two_processes_are_one_with_twice_the_batch(tiny, tmp_path, gradients):
         two = read_rows(tmp_path / family / "metrics.jsonl")[0]
         for name in ("loss", "match/1/giou", "gradient_norm", "AP", "AR100"):
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
-        ours, theirs = (
-            json.loads((tmp_path / folder / "results_val.json").read_text()) for folder in (family, f"{family}-one")
-        )
-        assert Counter(row["image_id"] for row in ours) == Counter(row["image_id"] for row in theirs)
+        # The same weights: the same detections and numbers, to the last bit.
+        evaluate([f"checkpoint={tmp_path / family / 'last.pt'}", f"output_dir={tmp_path / 'alone'}"])
+        for name in ("results_val.json", "metrics.json"):
+            alone, both = (json.loads((tmp_path / folder / name).read_text()) for folder in ("alone", f"{family}-two"))
+            if name == "results_val.json":
+                assert len({row["image_id"] for row in alone}) == 5
+                alone, both = (sorted(rows, key=lambda row: sorted(row.items(), key=str)) for rows in (alone, both))
+            assert alone == both
 
 
 @pytest.fixture
@@ -354,33 +371,171 @@ def test_the_last_step_of_an_epoch_is_looked_at_before_it_is_saved(config, tmp_p
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
-def test_predictions_that_cannot_be_matched_may_be_skipped_too(config, monkeypatch, capsys):
-    forward = Trainer.forward
+def planted(monkeypatch, at, plant):
+    """Call ``plant`` with the trainer and the batches of a step just before it, and undo what it returns after it."""
+    fetch, step = Trainer.fetch, Trainer.train_step
+    undo = []
 
-    def broken(trainer, batch, *arguments):
-        if trainer.step == 1:
-            return forward(_Broken(trainer), batch, *arguments)
-        return forward(trainer, batch, *arguments)
+    def broken(trainer, batches):
+        found = fetch(trainer, batches)
+        return plant(trainer, found, undo) if trainer.step + 1 == at else found
 
-    class _Broken:
-        """A trainer whose model says NaN."""
+    def repaired(trainer, batches):
+        step(trainer, batches)
+        while undo:
+            undo.pop()()
 
-        def __init__(self, trainer):
-            self._trainer = trainer
+    monkeypatch.setattr(Trainer, "fetch", broken)
+    monkeypatch.setattr(Trainer, "train_step", repaired)
 
-        def __getattr__(self, name):
-            return getattr(self._trainer, name)
 
-        def model(self, images):
-            found = self._trainer.model(images)
-            return {name: type(one)(one.logits * float("nan"), one.boxes) for name, one in found.items()}
+def nan_in_a_weight(trainer, batches, undo):
+    """A weight of which the statistics of norms are computed, for good."""
+    with torch.no_grad():
+        next(trainer.detector.backbone.parameters()).view(-1)[0] = float("nan")
+    return batches
 
-    monkeypatch.setattr(Trainer, "forward", broken)
-    train(config("runtime.on_non_finite=skip", "schedule.epochs=1"))
+
+def nan_in_a_box(trainer, batches, undo):
+    boxes = batches[0].targets.boxes.clone()
+    boxes[2, 0, 1] = float("nan")
+    return [replace(batches[0], targets=replace(batches[0].targets, boxes=boxes)), *batches[1:]]
+
+
+def infinity_in_a_loss(trainer, batches, undo):
+    giou = trainer.criterion.losses["giou"]
+    forward, ids = giou.forward, batches[0].targets.image_ids
+
+    def infinite(predictions, targets, *others):
+        values = forward(predictions, targets, *others)
+        return values + torch.tensor([0.0, float("inf")]) if targets.image_ids == ids else values
+
+    giou.forward = infinite
+    return batches
+
+
+def test_a_broken_weight_ends_the_run_and_what_was_saved_is_intact(config, tmp_path, monkeypatch):
+    planted(monkeypatch, 4, nan_in_a_weight)
+    with pytest.raises(NonFiniteError) as caught:
+        train(config())
+    words = str(caught.value)
+    assert (
+        words.startswith("step 4: the loss is not finite (images ")
+        and "; the weights were left as they were. " in words
+    )
+    assert "The weights are broken: backbone." in words and "(1 NaN of " in words and "the output of backbone." in words
+    saved = checkpoint.load(tmp_path / "run" / "last.pt")
+    assert saved["step"] == 3 and all(value.isfinite().all() for value in saved["model"].values())
+
+
+def test_a_weight_that_stays_broken_is_not_skipped_forever(config, tmp_path, monkeypatch, capsys):
+    planted(monkeypatch, 4, nan_in_a_weight)
+    monkeypatch.setattr(optim.FiniteGuard, "PATIENCE", 2)
+    with pytest.raises(NonFiniteError, match="step 5: .*That is 2 steps in a row"):
+        train(config("runtime.on_non_finite=skip"))
+    assert "step 4: the loss is not finite" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("plant", "words"),
+    [
+        (nan_in_a_box, "First is the box of object 0 of image {}: cx, cy, w, h = ("),
+        (infinity_in_a_loss, "First is the loss match/1/giou (1 infinite of 1 number)"),
+    ],
+)
+def test_a_step_with_a_bad_box_or_loss_is_named_and_left_out(config, tmp_path, monkeypatch, capsys, plant, words):
+    seen = []
+
+    def note(trainer, batches, undo):
+        seen.append(batches[0].images.image_ids[2])
+        seen.append(copy.deepcopy(trainer.detector.state_dict()))
+        undo.append(lambda: seen.append(copy.deepcopy(trainer.detector.state_dict())))
+        return plant(trainer, batches, undo)
+
+    planted(monkeypatch, 2, note)
+    train(config("runtime.on_non_finite=skip", "schedule.epochs=1", "evaluation.pictures=0"))
+    (line,) = [one for one in capsys.readouterr().out.splitlines() if one.startswith("step 2: ")]
+    image, before, after = seen
+    assert words.format(image) in line and str(image) in line.partition("(images ")[2].partition(")")[0].split(", ")
+    for name, value in before.items():  # parameters, and the running statistics of the norms
+        assert torch.equal(value, after[name]), name
+    saved = checkpoint.load(tmp_path / "run" / "last.pt")["model"]
+    assert all(value.isfinite().all() for value in saved.values())
+    assert any(not torch.equal(value, before[name]) for name, value in saved.items())
+
+
+def test_a_skipped_step_goes_on_like_any_other(config, tmp_path, monkeypatch):
+    """The second pass draws random numbers of its own; the run must not notice, or it could not be resumed exactly."""
+    settings = ("runtime.on_non_finite=skip", "schedule.epochs=1", "evaluation.pictures=0", "model.dropout=0.2")
+    states = []
+    for diagnosing in (True, False):
+        with monkeypatch.context() as patch:
+            planted(patch, 2, nan_in_a_box)
+            if not diagnosing:
+                patch.setattr(Trainer, "explain", lambda trainer: "")
+            train(config(*settings, f"output_dir={tmp_path / str(diagnosing)}"))
+        states.append(checkpoint.load(tmp_path / str(diagnosing) / "last.pt"))
+    assert_same_training_state(*states)
+
+
+@pytest.mark.parametrize(("seconds", "saved"), [("0", [1, 2, 3, 3, 4, 5, 6, 6]), (".inf", [3, 6])])
+def test_the_state_is_saved_within_epochs_when_time_has_passed(config, monkeypatch, seconds, saved):
+    steps = []
+    monkeypatch.setattr(
+        checkpoint, "save", lambda path, state: steps.append(state["step"]) if path.name == "last.pt" else 0
+    )
+    train(config(f"checkpoint.every_seconds={seconds}", "evaluation.pictures=0"))
+    assert steps == saved
+
+
+def test_the_last_checkpoint_is_written_after_the_others(config, monkeypatch):
+    """A run that is killed between two of them would else believe that the best one is there."""
+    names = []
+    monkeypatch.setattr(checkpoint, "save", lambda path, state: names.append(path.name))
+    train(config("schedule.epochs=1", "checkpoint.every=1", "evaluation.pictures=0"))
+    assert names == ["best.pt", "epoch_0001.pt", "last.pt"]
+
+
+def test_what_will_ruin_the_run_is_said(config, capsys):
+    train(config("model.num_queries=3", "schedule.epochs=1", "evaluation.pictures=0"))
     out = capsys.readouterr().out
-    assert "step 2" in out and "the update is left out" in out
-    with pytest.raises(NonFiniteError):
-        train(config("schedule.epochs=1", "output_dir=null"))
+    assert "warning: the detector has 3 queries, but an image of the training set has" in out
+    assert "optimiser steps are few" in out
+
+
+def test_queries_that_answer_alike_are_noticed_once(config, tmp_path, monkeypatch, capsys):
+    step = Trainer.train_step
+
+    def collapsed(trainer, batches):
+        step(trainer, batches)
+        with torch.no_grad():
+            for parameter in trainer.detector.query_source.parameters():
+                parameter.zero_()
+
+    train(config("evaluation.pictures=0"))
+    assert "answer alike" not in capsys.readouterr().out
+    assert read_rows(tmp_path / "run" / "metrics.jsonl")[0]["query_spread"] > 0.05
+    monkeypatch.setattr(Trainer, "train_step", collapsed)
+    train(config("evaluation.pictures=0", f"output_dir={tmp_path / 'collapsed'}"))
+    assert capsys.readouterr().out.count("warning: all 10 queries answer alike") == 1
+    rows = read_rows(tmp_path / "collapsed" / "metrics.jsonl")
+    assert len(rows) == 2 and all(row["query_spread"] < 1e-4 for row in rows)
+
+
+def test_a_metric_that_cannot_be_written_ends_the_run_with_its_file(config, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    log = Trainer.log_step
+
+    def full(trainer):
+        if trainer.step == 4:
+            (folder / "train_steps.jsonl").unlink()
+            (folder / "train_steps.jsonl").mkdir()
+        return log(trainer)
+
+    monkeypatch.setattr(Trainer, "log_step", full)
+    with pytest.raises(OutputError, match=r"cannot write .*train_steps.jsonl: Is a directory"):
+        train(config("tracking.log_every=1"))
+    assert checkpoint.load(folder / "last.pt")["step"] == 3
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -71,7 +71,7 @@ class Adapter:
                     raise CheckpointError(f"{name} should be a copy of what {target} has already, and differs from it")
                 ours[target] = part
         if unknown:
-            raise CheckpointError(f"official names without a counterpart: {_listed(unknown)}")
+            raise CheckpointError(f"official names without a counterpart: {listed(unknown)}")
         return ours
 
     def to_official(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -94,8 +94,20 @@ class Adapter:
             else:
                 official |= {_fill(rule.ours, template, name): tensor for template in rule.official}
         if unknown:
-            raise CheckpointError(f"our names without an official counterpart: {_listed(unknown)}")
+            raise CheckpointError(f"our names without an official counterpart: {listed(unknown)}")
         return official
+
+    def official_name(self, ours: str) -> str:
+        """The (first) official name of one of our tensors; our own where there is none."""
+        rule = self._rule_for(ours)
+        if rule is None:
+            return ours
+        return rule.official if isinstance(rule, Join) else _fill(rule.ours, rule.official[0], ours)
+
+    def our_names(self, official: str) -> tuple[str, ...]:
+        """Our tensors that an official one becomes; none if no rule fits."""
+        found = self._our_names(official)
+        return () if found is None else found[0]
 
     def _our_names(self, official: str) -> tuple[tuple[str, ...], int] | None:
         for rule in self.rules:
@@ -134,6 +146,7 @@ def _fill(source: str, target: str, name: str) -> str:
     return target.format(**found.groupdict())
 
 
-def _listed(names: Sequence[str], most: int = 8) -> str:
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """The first names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -1,4 +1,4 @@
-"""Names of fundamentalvision/Deformable-DETR.
+"""Names and settings of fundamentalvision/Deformable-DETR.
 
 Heads are listed once per decoder layer there, also where all layers share one; with refinement the decoder lists the
 box heads again, with two stages the class heads too; the heads of the proposals are the ones after the last layer's.
@@ -6,11 +6,15 @@ box heads again, with two stages the class heads too; the heads of the proposals
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from detfamily.checkpoints import detr
 from detfamily.checkpoints.adapter import Adapter, Join, Rename, Rule
 from detfamily.checkpoints.detr import BACKBONE, FFN, POSITION, dense
+from detfamily.checkpoints.variant import Evidence, Variant, backbone, position
 from detfamily.detector import Detector
+from detfamily.errors import CheckpointError
 
 _ENCODER, _DECODER = "transformer.encoder.layers.{n}.", "transformer.decoder.layers.{n}."
 
@@ -63,3 +67,105 @@ def _blocks() -> list[Rule]:
         Rename("query_source.pos_proj.{rest}", ("transformer.pos_trans.{rest}",)),
         Rename("query_source.pos_norm.{rest}", ("transformer.pos_trans_norm.{rest}",)),
     ]
+
+
+MARKS = (
+    "transformer.decoder.layers.0.cross_attn.sampling_offsets.weight",
+    "class_embed.0.weight",
+    "transformer.level_embed",
+)
+"""Names that every file has, and no other project's file together, unless it has names of its own besides."""
+
+_EXPERIMENTS = {
+    ("backbone=resnet50",): "deformable_detr_r50",
+    ("backbone=resnet50", "decoder=refine"): "deformable_detr_r50_refine",
+    ("backbone=resnet50", "decoder=refine", "query_source=proposals"): "deformable_detr_r50_two_stage",
+    ("backbone=resnet101", "decoder=refine", "query_source=proposals"): "deformable_detr_r101_two_stage",
+    ("backbone=resnext101_64x4d", "decoder=refine", "query_source=proposals"): "deformable_detr_x101_two_stage",
+}
+"""The recipes with four levels."""
+
+
+def variant(evidence: Evidence) -> Variant:
+    """The model that official tensors and settings belong to.
+
+    Raises:
+        CheckpointError: a tensor is missing that tells, a setting is of no known kind, or a variant that has no
+            counterpart here.
+    """
+    chosen, dilated = backbone(evidence)
+    refine, two_stage = evidence.has("transformer.decoder.bbox_embed."), evidence.has("transformer.enc_output.")
+    if two_stage and not refine:
+        raise CheckpointError(
+            f"{evidence.source}: two stages without box refinement (transformer.enc_output.weight, but no "
+            "transformer.decoder.bbox_embed) have no counterpart here"
+        )
+    evidence.doubt("with_box_refine", refine)
+    evidence.doubt("two_stage", two_stage)
+    blocks = (*(["decoder=refine"] * refine), *(["query_source=proposals"] * two_stage))
+    levels, width = evidence.shape("transformer.level_embed", 2)
+    fields = _fields(evidence, levels, width, two_stage) | {"backbone.dilation": dilated}
+    unusual = position(evidence)
+    choices = ("family=deformable_detr", *chosen, *blocks, *unusual)
+    experiment = None if unusual else _experiment((*chosen, *blocks), levels, dilated)
+    return Variant(choices, experiment, fields, evidence.assumed, tuple(evidence.doubts))
+
+
+def _experiment(choices: tuple[str, ...], levels: int, dilated: bool) -> str | None:
+    if levels > 1:
+        return None if dilated else _EXPERIMENTS.get(choices)
+    return "deformable_detr_r50_single_scale" + "_dc5" * dilated if choices == ("backbone=resnet50",) else None
+
+
+def _fields(evidence: Evidence, levels: int, width: int, two_stage: bool) -> dict[str, Any]:
+    heads = evidence.told("model.num_heads", "nheads", 8, "8 heads, as published")
+    points = {
+        part: _points(evidence, f"transformer.{part}.layers.0.{name}.attention_weights.weight", heads * levels)
+        for part, name in (("encoder", "self_attn"), ("decoder", "cross_attn"))
+    }
+    if two_stage:
+        queries = evidence.told("model.num_queries", "num_queries", 300, "300 proposals, as published")
+    else:
+        queries = evidence.shape("query_embed.weight", 2)[0]
+        evidence.doubt("num_queries", queries)
+    fields = {
+        "model.embed_dim": width,
+        "model.num_heads": heads,
+        "model.ffn_dim": evidence.shape("transformer.encoder.layers.0.linear1.weight", 2)[0],
+        "model.dropout": evidence.told("model.dropout", "dropout", 0.1, "in training only"),
+        "model.num_queries": queries,
+        "model.num_levels": levels,
+        "model.stages": [3, 4, 5] if levels > 1 else [5],
+        "model.num_points": points["encoder"],
+        "cross_attention.num_points": points["decoder"],
+        "encoder.num_layers": evidence.count("transformer.encoder.layers."),
+        "decoder.num_layers": evidence.count("transformer.decoder.layers."),
+    }
+    stored = {"hidden_dim": width, "num_feature_levels": levels, "dim_feedforward": fields["model.ffn_dim"]}
+    stored |= {"enc_layers": fields["encoder.num_layers"], "dec_layers": fields["decoder.num_layers"]}
+    stored |= {"enc_n_points": points["encoder"], "dec_n_points": points["decoder"]}
+    for official, value in stored.items():
+        evidence.doubt(official, value)
+    return fields
+
+
+def _points(evidence: Evidence, name: str, heads_times_levels: int) -> int:
+    rows = evidence.shape(name, 2)[0]
+    if rows % heads_times_levels:
+        raise CheckpointError(
+            f"{evidence.source}: {name} has {rows} rows, which are not a multiple of {heads_times_levels} (heads times "
+            "levels): say how many heads the model has, model.num_heads=..."
+        )
+    return rows // heads_times_levels
+
+
+def settings(config: Mapping[str, Any], detector: Detector) -> dict[str, Any]:
+    """The official settings of a model of ours; those that decide what it computes."""
+    common = {key: value for key, value in detr.settings(config, detector).items() if key != "pre_norm"}
+    return common | {
+        "num_feature_levels": config["model"]["num_levels"],
+        "enc_n_points": config["encoder_attention"].get("num_points", 0),
+        "dec_n_points": config["cross_attention"].get("num_points", 0),
+        "with_box_refine": detector.decoder.refine,
+        "two_stage": detector.query_source.reference_dim == 4,
+    }

@@ -1,8 +1,12 @@
-"""Names of facebookresearch/detr."""
+"""Names and settings of facebookresearch/detr."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from detfamily.checkpoints.adapter import Adapter, Rename
+from detfamily.checkpoints.variant import Evidence, Variant, backbone, position
 from detfamily.detector import Detector
 
 _ENCODER, _DECODER = "transformer.encoder.layers.{n}.", "transformer.decoder.layers.{n}."
@@ -55,3 +59,69 @@ def adapter(detector: Detector) -> Adapter:
             Rename("heads.box_heads.0.{rest}", ("bbox_embed.{rest}",)),
         ]
     )
+
+
+MARKS = (
+    "transformer.decoder.layers.0.multihead_attn.in_proj_weight",
+    "class_embed.weight",
+    "query_embed.weight",
+)
+"""Names that every file has, and no other project's file together."""
+
+_EXPERIMENTS: dict[tuple[str | bool, ...], str] = {
+    ("backbone=resnet50", False): "detr_r50_500ep",
+    ("backbone=resnet50", True): "detr_r50_dc5_500ep",
+    ("backbone=resnet101", False): "detr_r101_500ep",
+    ("backbone=resnet101", True): "detr_r101_dc5_500ep",
+}
+"""The recipes of the released checkpoints."""
+
+
+def variant(evidence: Evidence) -> Variant:
+    """The model that official tensors and settings belong to.
+
+    Raises:
+        CheckpointError: a tensor is missing that tells, or a setting is of no known kind.
+    """
+    chosen, dilated = backbone(evidence)
+    pre_norm = evidence.has("transformer.encoder.norm.")
+    evidence.doubt("pre_norm", pre_norm)
+    queries, width = evidence.shape("query_embed.weight", 2)
+    fields = {
+        "model.embed_dim": width,
+        "model.num_heads": evidence.told("model.num_heads", "nheads", 8, "8 heads, as published"),
+        "model.ffn_dim": evidence.shape("transformer.encoder.layers.0.linear1.weight", 2)[0],
+        "model.dropout": evidence.told("model.dropout", "dropout", 0.1, "in training only"),
+        "model.num_queries": queries,
+        "encoder.num_layers": evidence.count("transformer.encoder.layers."),
+        "decoder.num_layers": evidence.count("transformer.decoder.layers."),
+        "backbone.dilation": dilated,
+    }
+    stored = {"hidden_dim": width, "num_queries": queries, "dim_feedforward": fields["model.ffn_dim"]}
+    stored |= {"enc_layers": fields["encoder.num_layers"], "dec_layers": fields["decoder.num_layers"]}
+    for official, value in stored.items():
+        evidence.doubt(official, value)
+    unusual = [*position(evidence), *["residual=pre_norm"] * pre_norm]
+    experiment = _EXPERIMENTS.get((*chosen, dilated)) if not unusual else None
+    choices = ("family=detr", *chosen, *unusual)
+    return Variant(choices, experiment, fields, evidence.assumed, tuple(evidence.doubts))
+
+
+def settings(config: Mapping[str, Any], detector: Detector) -> dict[str, Any]:
+    """The official settings of a model of ours; those that decide what it computes."""
+    model = config["model"]
+    return {
+        "backbone": config["backbone"].get("name", ""),
+        "dilation": bool(config["backbone"].get("dilation", False)),
+        "position_embedding": "learned" if hasattr(detector.position, "row_embed") else "sine",
+        "enc_layers": config["encoder"]["num_layers"],
+        "dec_layers": config["decoder"]["num_layers"],
+        "dim_feedforward": model["ffn_dim"],
+        "hidden_dim": model["embed_dim"],
+        "dropout": float(model["dropout"]),
+        "nheads": model["num_heads"],
+        "num_queries": model["num_queries"],
+        "pre_norm": config["residual"]["sublayer"]["_target_"].endswith("PreNorm"),
+        "masks": False,
+        "aux_loss": True,
+    }

@@ -1,18 +1,83 @@
-"""Which adapter reads the official weights of which family."""
+"""Which adapter reads which files: by the family of a model, or by the names in a file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from detfamily.checkpoints import deformable_detr, detr
-from detfamily.checkpoints.adapter import Adapter
+from detfamily.checkpoints.adapter import Adapter, listed
+from detfamily.checkpoints.variant import Evidence, Variant
 from detfamily.detector import Detector
 from detfamily.errors import CheckpointError, nearest
 
-ADAPTERS: dict[str, Callable[[Detector], Adapter]] = {
-    "detr": detr.adapter,
-    "deformable_detr": deformable_detr.adapter,
+
+@dataclass(frozen=True)
+class Upstream:
+    """A project whose files can be read and written.
+
+    Attributes:
+        repository: owner/name.
+        marks: names of tensors that all of its files have.
+        adapter: names of its tensors and ours, for a detector of ours.
+        variant: tensors and settings of a file -> the model in our words.
+        settings: config and detector of ours -> its settings.
+        no_object: whether the class head has a last row for "no object".
+        class_head: a tensor with a row per class.
+    """
+
+    repository: str
+    marks: tuple[str, ...]
+    adapter: Callable[[Detector], Adapter]
+    variant: Callable[[Evidence], Variant]
+    settings: Callable[[Mapping[str, Any], Detector], dict[str, Any]]
+    no_object: bool
+    class_head: str
+
+
+UPSTREAMS: dict[str, Upstream] = {
+    "detr": Upstream(
+        "facebookresearch/detr", detr.MARKS, detr.adapter, detr.variant, detr.settings, True, "class_embed.weight"
+    ),
+    "deformable_detr": Upstream(
+        "fundamentalvision/Deformable-DETR",
+        deformable_detr.MARKS,
+        deformable_detr.adapter,
+        deformable_detr.variant,
+        deformable_detr.settings,
+        False,
+        "class_embed.0.weight",
+    ),
 }
+"""Family -> where its official weights come from."""
+
+_PANOPTIC = r"(bbox_attention|mask_head)\."
+
+_OTHERS = (
+    (r"label_enc\.|transformer\.tgt_embed\.", "DN-DETR, DINO or one of their descendants"),
+    (r"refpoint_embed\.", "DAB-DETR or one of its descendants"),
+    (r"transformer\.decoder\.layers\.0\.ca_qcontent_proj\.", "Conditional DETR"),
+    (r"transformer\.decoder\.ref_point_head\.", "one of DAB-DETR's descendants"),
+    (r"transformer\.encoder\.layers\.0\.attentions\.0\.", "detrex, which renames the official tensors"),
+    (r"(bbox_head|query_head|roi_head|rpn_head)\.", "mmdetection"),
+    (r"model\.(backbone\.conv_encoder|encoder\.layers)\.", "Hugging Face transformers"),
+    (r"model\.(backbone|transformer|class_embed)\.", "a training framework that puts 'model.' before every name"),
+    (r"layer4\.\d+\.conv2\.weight", "a ResNet alone: give it as backbone.weights=PATH to a training from scratch"),
+)
+"""Files that come by, each by a name that it has and those below it have not."""
+
+
+def upstream_for(family: str) -> Upstream:
+    """The project that a family's official weights come from.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if family not in UPSTREAMS:
+        raise CheckpointError(f"no official weights are known for the family {family!r}; {nearest(family, UPSTREAMS)}")
+    return UPSTREAMS[family]
 
 
 def adapter_for(family: str, detector: Detector) -> Adapter:
@@ -21,6 +86,32 @@ def adapter_for(family: str, detector: Detector) -> Adapter:
     Raises:
         CheckpointError: there is no adapter for the family.
     """
-    if family not in ADAPTERS:
-        raise CheckpointError(f"no official weights are known for the family {family!r}; {nearest(family, ADAPTERS)}")
-    return ADAPTERS[family](detector)
+    return upstream_for(family).adapter(detector)
+
+
+def recognise(names: Iterable[str], source: str) -> str:
+    """The family whose official file has these names.
+
+    Raises:
+        CheckpointError: a panoptic model, a file of a project that has no adapter, or of nothing known.
+    """
+    names = list(names)
+    if masks := [name for name in names if re.match(_PANOPTIC, name)]:
+        raise CheckpointError(
+            f"{source} is a panoptic model: it has {len(masks)} tensors of a mask head, which has no counterpart here "
+            f"({listed(masks)}). Its boxes are of another class head (250 classes, things and stuff), so that nothing "
+            "is taken from it; take a checkpoint of the detector instead"
+        )
+    for pattern, words in _OTHERS:
+        if found := next((name for name in names if re.match(pattern, name)), None):
+            raise CheckpointError(f"{source} is a file of {words} (it has {found}); {_readable()}")
+    present = set(names)
+    for family, upstream in UPSTREAMS.items():
+        # One missing name makes a file incomplete, which is said later by name, and not a file of something else.
+        if sum(mark in present for mark in upstream.marks) * 2 > len(upstream.marks):
+            return family
+    raise CheckpointError(f"{source} holds tensors of no known project ({listed(names, 4)}); {_readable()}")
+
+
+def _readable() -> str:
+    return "there are adapters for the official files of " + " and ".join(one.repository for one in UPSTREAMS.values())

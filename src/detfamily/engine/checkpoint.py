@@ -14,7 +14,9 @@ scaler                state of the gradient scaler (empty unless fp16)
 epoch, steps_done     epochs done, and optimiser steps done in the epoch after them
 step, images_seen     both counted from the start of the run; the schedule's position is the step
 plan                  {total_batch_size, steps_per_epoch}: what a step and an epoch are
-meter                 loss sums of the epoch under way
+meter                 loss sums of the epoch under way, up to the last look
+windows               the same since then, one entry per process
+not_finite            steps that were left out for not being finite, in a row
 rng                   random states, one entry per process
 best                  highest AP so far, or None
 metrics               of the last evaluation
@@ -23,7 +25,6 @@ metrics               of the last evaluation
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 import detfamily
+from detfamily.checkpoints.read import read_file
 from detfamily.errors import CheckpointError, nearest
 from detfamily.files import write_atomically
 
@@ -39,10 +41,11 @@ FORMAT = 1
 
 # The nodes of a config that say how a run goes; all others say what the model is.
 RUN_NODES = frozenset(
-    "augmentation checkpoint criterion data drop_epochs evaluation family_name init_from name optimizer output_dir "
-    "postprocess published resume runtime schedule seed tracking".split()
+    "augmentation check checkpoint criterion data drop_epochs evaluation family_name init_from init_partial name "
+    "optimizer output_dir postprocess published resume runtime schedule seed tracking".split()
 )
 _NEEDED = ("config", "template", "label_map", "model")
+_OF_A_RUN = ("optimizer", "scaler", "epoch", "steps_done", "plan", "meter", "rng", "best")
 
 
 class LoadedModel(NamedTuple):
@@ -69,8 +72,21 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     try:
         write_atomically(path, lambda file: torch.save(content, file))
     except (OSError, RuntimeError) as error:
+        if "DataLoader worker" in str(error):  # torch raises this wherever it happens to be
+            raise
+        reason = _reason(error)
         kept = f"; {path.name} of before is intact" if path.exists() else ""
-        raise CheckpointError(f"cannot write the checkpoint {path}: {error}{kept}") from error
+        raise CheckpointError(f"cannot write the checkpoint {path}: {reason}{kept}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said; torch buries it under what it found missing in its archive."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__context__
+    return str(error)
 
 
 def require(path: str | Path) -> Path:
@@ -92,23 +108,59 @@ def load(path: str | Path) -> dict[str, Any]:
         CheckpointError: there is none (with those nearby), it is broken, or it is not one of ours.
     """
     path = require(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    return check(read_file(path), path)
+
+
+def load_run(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint that a run can go on from.
+
+    Raises:
+        CheckpointError: as for ``load``; or it holds weights only.
+    """
+    state = load(path)
+    if missing := [key for key in _OF_A_RUN if key not in state]:
         raise CheckpointError(
-            f"{path} holds more than tensors and plain containers, so it was not opened: it could run any code. "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-    except Exception as error:  # torch reports a broken file through half a dozen types
-        raise CheckpointError(f"{path} is broken or no checkpoint ({error}); {_nearby(path)}") from error
-    missing = [key for key in _NEEDED if not isinstance(state, dict) or key not in state]
-    if missing:
-        raise CheckpointError(f"{path} is not a checkpoint of detfamily: it has no {', '.join(missing)}")
-    if state.get("format", 0) > FORMAT:
-        raise CheckpointError(
-            f"{path} was written by detfamily {state.get('version')}, which is newer than this {detfamily.__version__}"
+            f"{path} holds weights and no state of a run (no {', '.join(missing)}), so there is nothing to resume: "
+            f"start a new run from its weights with init_from={path}"
         )
     return state
+
+
+def is_ours(content: Any) -> bool:
+    """Whether a file's content is that of a checkpoint, whole or not."""
+    return isinstance(content, Mapping) and "template" in content and "label_map" in content
+
+
+def check(content: Any, path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, if it has what every checkpoint has.
+
+    Args:
+        content: what ``read_file`` gave.
+        path: for messages.
+
+    Raises:
+        CheckpointError: something is missing or of another kind, or a newer version wrote it.
+    """
+    missing = [key for key in _NEEDED if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of detfamily: it has no {', '.join(missing)}. Files of other projects become "
+            f"one with: detfamily convert {path} {path.stem}-converted.pt"
+        )
+    version = content.get("format", 0)
+    if not isinstance(version, int) or version > FORMAT:
+        raise CheckpointError(
+            f"{path} was written by detfamily {content.get('version')}, which is newer than this "
+            f"{detfamily.__version__}"
+        )
+    ema = content.get("ema")
+    models = [content["model"], *([ema.get("model") if isinstance(ema, Mapping) else None] if ema else [])]
+    sound = all(isinstance(content[key], Mapping) for key in _NEEDED) and all(
+        isinstance(one, Mapping) and all(isinstance(value, Tensor) for value in one.values()) for one in models
+    )
+    if not sound:
+        raise CheckpointError(f"{path} is damaged: its {', '.join(_NEEDED)} are not the mappings that they should be")
+    return content
 
 
 def load_model(path: str | Path) -> LoadedModel:

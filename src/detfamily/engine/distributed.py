@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +21,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from detfamily.errors import ConfigError
+from detfamily.errors import ConfigError, DetfamilyError, ElsewhereError
 
 Value = TypeVar("Value")
 
 _RUNS = itertools.count()
+
+# What gloo, NCCL and the store say when a process at the other end is gone; they have no type for it.
+_LOST = re.compile(r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe", re.IGNORECASE)
 
 # Long enough for the main process to score a large validation set while the others wait.
 TIMEOUT = timedelta(minutes=60)
@@ -103,6 +108,18 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def end_together(self, error: DetfamilyError | None) -> None:
+        """End all processes, since one at least has met an error; a call of all, once all know that there is one.
+
+        Args:
+            error: of this process, if it is one of those.
+
+        Raises:
+            DetfamilyError: the first process' error in the main one, which reports it; ElsewhereError in the others.
+        """
+        errors = [one for one in self.gather_objects(error) if one is not None]
+        raise errors[0] if self.is_main else ElsewhereError("another process has met an error")
+
     def share_buffers(self, model: nn.Module) -> None:
         """Give every process the main one's buffers (running statistics drift apart, as each sees other images)."""
         if self.size > 1:
@@ -119,13 +136,15 @@ def join(device_type: str) -> Iterator[World]:
 
     Raises:
         ConfigError: more processes on this machine than it has accelerators.
+        ElsewhereError: another process is gone.
     """
     world = _from_environment()
     if device_type == "cuda":
-        if world.local_rank >= torch.cuda.device_count():
+        wanted = int(os.environ.get("LOCAL_WORLD_SIZE", world.local_rank + 1))
+        if wanted > torch.cuda.device_count():  # all processes find this, so that the first one can say it
             raise ConfigError(
-                f"process {world.local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; "
-                "start torchrun with --nproc-per-node of at most that number"
+                f"{wanted} processes on this machine, but {torch.cuda.device_count()} GPUs: start torchrun with "
+                "--nproc-per-node of at most that number"
             )
         torch.cuda.set_device(world.local_rank)
     if world.size == 1 or dist.is_initialized():
@@ -139,7 +158,14 @@ def join(device_type: str) -> Iterator[World]:
         timeout=TIMEOUT,
     )
     try:
-        yield world
+        with warnings.catch_warnings():
+            if not world.is_main:
+                warnings.simplefilter("ignore")
+            yield world
+    except RuntimeError as error:
+        if isinstance(error, DetfamilyError) or not _LOST.search(str(error)):
+            raise
+        raise ElsewhereError("the connection to another process is gone: it has ended, or was killed") from error
     finally:
         dist.destroy_process_group()
 

@@ -22,16 +22,23 @@ from detfamily.data.batches import collate
 from detfamily.data.labels import LabelMap
 from detfamily.data.loader import Loader, validation_loader
 from detfamily.engine.checkpoint import load_model, load_weights
+from detfamily.engine.collapse import QuerySpread
 from detfamily.engine.distributed import World, join
 from detfamily.engine.run import label_words, listing, parameter_words
 from detfamily.engine.runtime import Runtime
-from detfamily.errors import ConfigError, DataError
+from detfamily.errors import CheckpointError, ConfigError, DataError
 from detfamily.evaluation.coco_metrics import CocoEvaluator, CocoMetrics
 from detfamily.evaluation.results import evaluate_results, write_results
 from detfamily.files import write_text_atomically
 from detfamily.structures import Detections, Images, Predictions
 from detfamily.tracking.console import ProgressBar
 from detfamily.visualize.boxes import draw_comparison
+
+_NEEDED_NODES = (
+    *("name", "family_name", "model", "backbone", "classification", "decoder", "detector", "criterion", "postprocess"),
+    *("data", "augmentation", "schedule", "runtime", "evaluation"),
+)
+"""What every config has, so that a stored one without it is damaged."""
 
 Postprocess = Callable[[dict[str, Predictions], Images], list[Detections]]
 
@@ -45,16 +52,18 @@ class Evaluation:
         results: COCO's results form of all detections; in the main process.
         batch_size: images computed at once. It belongs to the AP: padding to a common size changes what these
             detectors answer.
+        query_spread: how much the queries' boxes differ within an image, a share of it (see ``collapse``).
     """
 
     metrics: CocoMetrics
     results: list[dict[str, Any]]
     batch_size: int
+    query_spread: float
 
     def numbers(self) -> dict[str, float]:
-        """The twelve numbers, and "AP/name" of each class that has objects."""
+        """The twelve numbers, "AP/name" of each class that has objects, and the spread of the queries."""
         per_class = {f"AP/{name}": value for name, value in self.metrics.per_class.items() if value >= 0}
-        return {**self.metrics.stats, **per_class}
+        return {**self.metrics.stats, **per_class, "query_spread": self.query_spread}
 
     def table(self) -> str:
         return f"{self.metrics.table()}\n(evaluated in batches of {self.batch_size})"
@@ -68,10 +77,18 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def detect(model: nn.Module, postprocess: Postprocess, images: Images, runtime: Runtime) -> list[Detections]:
-    """Detections of a batch, in pixels of the original images, on the model's device."""
+def detect(
+    model: nn.Module,
+    postprocess: Postprocess,
+    images: Images,
+    runtime: Runtime,
+    spread: QuerySpread | None = None,
+) -> list[Detections]:
+    """Detections of a batch, in pixels of the original images, on the model's device; ``spread`` sees the boxes."""
     with runtime.autocast():
         predictions = model(images)
+    if spread is not None:
+        spread.update(predictions["match"])
     found: list[Detections] = postprocess(predictions, images)
     return found
 
@@ -100,26 +117,36 @@ def evaluate_model(
 
     Returns:
         The evaluation, in every process; None if any process was stopped.
+
+    Raises:
+        DataError: an image is missing or broken, in any process.
     """
     was_training = model.training
     device = runtime.torch_device(world.local_rank)
     model.eval()
+    spread, failure = QuerySpread(world), None
     with ProgressBar("evaluating", len(loader), shown=world.is_main) as bar:
-        for batch in loader:
-            if stopped():
-                break
-            images = batch.images.to(device, non_blocking=True)
-            evaluator.update(images.image_ids, detect(model, postprocess, images, runtime))
-            bar.advance()
+        try:
+            for batch in loader:
+                if stopped():
+                    break
+                images = batch.images.to(device, non_blocking=True)
+                evaluator.update(images.image_ids, detect(model, postprocess, images, runtime, spread))
+                bar.advance()
+        except DataError as error:
+            failure = error
     model.train(was_training)
-    if any(row[0] for row in world.gather_numbers([stopped()])):
+    rows = world.gather_numbers([failure is not None, stopped()])
+    if any(row[0] for row in rows):
+        world.end_together(failure)
+    if any(row[1] for row in rows):
         return None
     shares = world.gather_objects(evaluator.results())
     for share in shares[1:]:
         evaluator.extend(share)
     metrics = world.from_main(evaluator.summarize() if world.is_main else None)
     assert metrics is not None
-    return Evaluation(metrics, evaluator.results() if world.is_main else [], batch_size)
+    return Evaluation(metrics, evaluator.results() if world.is_main else [], batch_size, spread.read())
 
 
 def draw_examples(
@@ -312,7 +339,10 @@ def on_top_of(stored: dict[str, Any], overrides: Sequence[str]) -> DictConfig:
 
     Raises:
         ConfigError: an unknown group, choice or field, with the nearest names.
+        CheckpointError: the stored config is not whole.
     """
+    if lacking := [node for node in _NEEDED_NODES if node not in stored]:
+        raise CheckpointError(f"the checkpoint is damaged: its config has no {', '.join(lacking)}")
     registry = [group for group in groups() if "/" not in group]
     chosen = {one.partition("=")[0].lstrip("~+") for one in overrides} & set(registry)
     if presets := sorted(chosen & {"family", "experiment"}):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -14,12 +15,18 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interruption:
     """While it is entered, the first signal is only remembered; the second one acts at once, as it would have.
 
+    Args:
+        grace: seconds in which further signals count as the first one: a batch system sends SIGTERM to ``torchrun``
+            and to what it started, and ``torchrun`` hands it on once more.
+
     Attributes:
         signal: number of the signal that came, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grace: float = 1.0) -> None:
+        self.grace = grace
         self.signal: int | None = None
+        self._came = 0.0
         self._before: dict[int, Any] = {}
         self._process = os.getpid()
 
@@ -51,8 +58,11 @@ class Interruption:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
-        self.signal = number
-        self._restore()
+        if self.signal is None:
+            self.signal, self._came = number, time.monotonic()
+        elif time.monotonic() - self._came > self.grace:
+            self._restore()
+            os.kill(os.getpid(), number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

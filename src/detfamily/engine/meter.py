@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from detfamily.engine.distributed import World
 
 Sums = dict[str, list[float]]
 """Name -> [sum, number of steps in it]."""
+
+Window = list[tuple[list[str], Tensor]]
+"""Names -> (2, names) sums and numbers of steps, on the host."""
 
 
 class LossMeter:
@@ -42,7 +45,8 @@ class LossMeter:
         for names, row in self._step.items():
             finite = row.isfinite()
             counted = torch.stack([torch.where(finite, row, 0.0), finite.float()])
-            self._window[names] = self._window[names] + counted if names in self._window else counted
+            before = self._window.get(names)  # on the host where it comes from a checkpoint
+            self._window[names] = counted if before is None else before.to(counted.device) + counted
         self._step = {}
 
     def read(self) -> dict[str, float]:
@@ -70,11 +74,22 @@ class LossMeter:
         self._epoch = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch's sums so far; to be called after ``read``."""
+        """The epoch's sums up to the last look; the same in all processes."""
         return {name: list(pair) for name, pair in self._epoch.items()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def window(self) -> Window:
+        """What this process has summed up since the last look; waits for the device."""
+        return [(list(names), sums.cpu()) for names, sums in self._window.items()]
+
+    def load_state_dict(self, state: Mapping[str, Any], windows: Sequence[Window] = ()) -> None:
+        """Go on from ``state_dict`` and the ``window`` of every process, however many they were."""
         self._epoch = {name: list(pair) for name, pair in state.items()}
+        same = len(windows) == self.world.size
+        mine = [windows[self.world.rank]] if same else list(windows) if self.world.is_main else []
+        self._window = {}
+        for names, sums in (pair for window in mine for pair in window):
+            key = tuple(names)
+            self._window[key] = self._window[key] + sums if key in self._window else sums
 
 
 def _add(sums: Sums, more: Sums) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -182,6 +182,29 @@ def gated_step(optimizer: torch.optim.AdamW, finite: Tensor) -> None:
         del optimizer.found_inf  # type: ignore[attr-defined]
 
 
+class RunningStatistics:
+    """The running means and variances of trained batch norms, which a forward moves before anybody has judged it.
+
+    Args:
+        model: whose norms to watch; frozen norms have nothing that moves.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        norms = [one for one in model.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
+        self.values = [buffer for norm in norms for buffer in norm.buffers()]
+        self.kept = [buffer.clone() for buffer in self.values]
+
+    def remember(self) -> None:
+        """Note the values before a step."""
+        for kept, value in zip(self.kept, self.values, strict=True):
+            kept.copy_(value)
+
+    def settle(self, finite: Tensor) -> None:
+        """Leave the values as they are if the step was finite, else put back those noted; decided on the device."""
+        for kept, value in zip(self.kept, self.values, strict=True):
+            value.copy_(torch.where(finite, value, kept))
+
+
 class FiniteGuard:
     """Keeps updates out that are not finite, and reports them one step later, without a wait for the device.
 
@@ -192,13 +215,17 @@ class FiniteGuard:
         skip: report and go on; otherwise the first report is an error.
         scaled: gradients are scaled for float16. A gradient that overflows is then the scaler's daily business, and
             only reported when it does not end.
+        explain: finds out what was not finite in the step that was judged last, in words; called by all processes.
+
+    Attributes:
+        in_a_row: steps that were not finite, up to the last one.
     """
 
     # More in a row than a scale of 2 ** 16 needs to come down to nothing: it is the weights that are broken.
     PATIENCE = 40
 
-    def __init__(self, world: World, skip: bool, scaled: bool = False) -> None:
-        self.world, self.skip, self.scaled = world, skip, scaled
+    def __init__(self, world: World, skip: bool, scaled: bool = False, explain: Callable[[], str] = lambda: "") -> None:
+        self.world, self.skip, self.scaled, self.explain = world, skip, scaled, explain
         self.flags: Tensor | None = None
         self.in_a_row = 0
         self._step = 0
@@ -242,6 +269,8 @@ class FiniteGuard:
         what = "a gradient" if loss else "the loss"
         images = ", ".join(map(str, self._image_ids))
         text = f"step {self._step}: {what} is not finite (images {images}); the weights were left as they were"
+        if found := self.explain():
+            text += f". {found}"
         if self.in_a_row >= self.PATIENCE:
             raise NonFiniteError(f"{text}. That is {self.in_a_row} steps in a row: the learning rate may be too high")
         if not self.skip:

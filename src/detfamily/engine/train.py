@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any
@@ -19,10 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detfamily.attention.ms_deform import MSDeformAttention
 from detfamily.build import build_criterion, build_detector, build_postprocess, with_num_classes
+from detfamily.checkpoints.transfer import Initial, Report, read_initial, start_from
 from detfamily.config import build, to_container, validate
 from detfamily.criterion import Losses, Normalizer
-from detfamily.data.loader import train_loader, validation_loader
+from detfamily.data.loader import naming_lost_workers, train_loader, validation_loader
 from detfamily.engine import checkpoint
+from detfamily.engine.collapse import collapse_words
+from detfamily.engine.diagnosis import NOTHING, StepRecord, diagnose
 from detfamily.engine.distributed import World, join
 from detfamily.engine.evaluate import (
     Evaluation,
@@ -37,6 +41,7 @@ from detfamily.engine.optim import (
     AdamW,
     Ema,
     FiniteGuard,
+    RunningStatistics,
     clip_gradients,
     gated_step,
     load_moments,
@@ -57,12 +62,14 @@ from detfamily.engine.run import (
 )
 from detfamily.engine.runtime import Runtime, plan, rng_state, seed_all, set_rng_state
 from detfamily.engine.schedule import Schedule
-from detfamily.errors import CheckpointError, ConfigError, NonFiniteError
+from detfamily.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from detfamily.files import remove_parts
 from detfamily.ops import backends
 from detfamily.structures import Batch, Predictions
 from detfamily.tracking.console import ProgressBar
 from detfamily.tracking.files import EPOCHS, read_rows
-from detfamily.tracking.tracker import RunInfo, Tracker, Trackers
+from detfamily.tracking.tracker import RunInfo, Tracker
+from detfamily.tracking.trackers import Trackers
 from detfamily.visualize.curves import plot_curves
 
 
@@ -79,14 +86,19 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     Raises:
         ConfigError, DataError, CheckpointError: something is wrong with what was asked for; before any work.
+        DataError: in the middle of the run, an image is missing or broken; ``last.pt`` holds the last finished step.
+        CheckpointError, OutputError: in the middle of the run, a file cannot be written; those of before are intact.
         NonFiniteError: a loss or gradient was not finite, and ``runtime.on_non_finite`` is ``stop``.
+        ElsewhereError: another process has one of these errors, or is gone.
         SystemExit: after Ctrl-C or SIGTERM; ``last.pt`` holds the state after the last finished step.
     """
     validate(cfg)
     runtime: Runtime = build(cfg.runtime)
     runtime.apply()
     with join(runtime.device_type) as world, Interruption() as interruption:
-        return Trainer(cfg, runtime, world, interruption).train()
+        trainer = Trainer(cfg, runtime, world, interruption)
+        with naming_lost_workers():
+            return trainer.train()
 
 
 class Trainer:
@@ -103,7 +115,8 @@ class Trainer:
         self.cfg, self.runtime, self.world, self.interruption = cfg, runtime, world, interruption
         self.device = runtime.torch_device(world.local_rank)
         self.start = find_start(cfg, world)
-        state = checkpoint.load(self.start.checkpoint) if self.start.checkpoint else None
+        state = checkpoint.load_run(self.start.checkpoint) if self.start.checkpoint else None
+        given = None if state is not None or cfg.init_from is None else read_initial(cfg.init_from)
         self.schedule: Schedule = build(cfg.schedule)
         self.recipe: AdamW = build(cfg.optimizer)
         _check_settings(cfg)
@@ -116,13 +129,17 @@ class Trainer:
         self.config = to_container(with_num_classes(cfg, self.data.label_map.num_classes))
 
         seed_all(cfg.seed)
-        self.detector = self._build_detector(state).to(self.device)
+        self.initial: Report | None = None
+        self.detector = self._build_detector(state, given).to(self.device)
         self.criterion = build_criterion(cfg).to(self.device)
         self.postprocess = build_postprocess(cfg)
         self.optimizer = self.recipe.build(self.detector)
         self.ema = None if self.recipe.ema_decay is None else Ema(self.detector, self.recipe.ema_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=runtime.precision == "fp16")
-        self.guard = FiniteGuard(world, runtime.on_non_finite == "skip", scaled=runtime.precision == "fp16")
+        self.statistics = RunningStatistics(self.detector)
+        self.guard = FiniteGuard(
+            world, runtime.on_non_finite == "skip", scaled=runtime.precision == "fp16", explain=self.explain
+        )
         self.meter = LossMeter(world)
         if runtime.compile:
             self.detector.compile()
@@ -143,11 +160,16 @@ class Trainer:
         self.val_loader = validation_loader(
             self.val_set, self.val_batch_size, runtime.num_workers, world.rank, world.size
         )
-        self.trackers = Trackers(_trackers(cfg) if world.is_main else [])
+        members = _trackers(cfg)  # made everywhere, so that a wrong setting ends all processes
+        self.trackers = Trackers(members if world.is_main else [])
 
         self.epoch, self.steps_done = 0, 0
         self.best: float | None = None
         self.evaluation: Evaluation | None = None
+        self.judged: StepRecord | None = None
+        self.failure: DataError | None = None
+        self.stop_wanted = self.save_wanted = self.collapsed = False
+        self.saved_at = time.monotonic()
         if state is not None:
             self.load_state_dict(state)
 
@@ -166,6 +188,7 @@ class Trainer:
         """All epochs, from where the run stands."""
         self.announce()
         numbers: dict[str, float] = {}
+        completed = False
         try:
             while self.epoch < self.plan.epochs:
                 started = time.perf_counter()
@@ -177,9 +200,11 @@ class Trainer:
                 numbers["seconds_left"] = (time.perf_counter() - started) * (self.plan.epochs - self.epoch)
                 self.trackers.log_epoch(numbers, self.epoch, self.step)
                 self.keep(numbers.get("AP"))
-            return self.finish(numbers)
+            numbers = self.finish(numbers)
+            completed = True
+            return numbers
         finally:
-            self.trackers.finish()
+            self.trackers.finish(completed)
 
     def train_epoch(self) -> dict[str, float]:
         """The steps of an epoch that are still to do; returns its training numbers."""
@@ -190,11 +215,14 @@ class Trainer:
         steps, label = self.plan.steps_per_epoch, f"epoch {self.epoch + 1}/{self.plan.epochs}"
         with ProgressBar(label, steps - first, shown=self.world.is_main) as bar:
             while self.steps_done < steps:
-                self.train_step(list(islice(batches, self.plan.accumulation)))
+                self.train_step(self.fetch(batches))
                 self.steps_done += 1
                 bar.advance(self.log_step())
                 if self.stop_wanted and self.steps_done < steps:
                     self.leave()
+                if self.save_wanted:
+                    self.guard.look()
+                    self.save([LAST])
         self.meter.read()
         self.guard.look()
         seconds = time.perf_counter() - started
@@ -206,9 +234,19 @@ class Trainer:
             numbers["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return numbers
 
+    def fetch(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The micro-batches of a step; empty if an image is not to be had, which the processes then tell each other."""
+        try:
+            return list(islice(batches, self.plan.accumulation))
+        except DataError as error:
+            self.failure = error
+            return []
+
     def train_step(self, batches: list[Batch]) -> None:
         """One optimiser step from all its micro-batches."""
         normalizer, image_ids = self.meet(batches)
+        record = StepRecord.of(batches, normalizer)
+        self.statistics.remember()
         total: Tensor | None = None
         for index, batch in enumerate(batches):
             with self.averaging_gradients(index == len(batches) - 1):
@@ -223,6 +261,7 @@ class Trainer:
         assert total is not None
         self.check_reached()
         norm = self.update(total, image_ids)
+        self.judged = record
         self.meter.add({"loss": total, "gradient_norm": norm})
         self.meter.step_done()
 
@@ -233,10 +272,7 @@ class Trainer:
         try:
             losses: Losses = self.criterion(predictions, batch.targets, normalizer, ride)
             return losses
-        except NonFiniteError as error:
-            if not self.guard.skip:
-                raise
-            self.world.say(f"step {self.step + 1}: {error}; the update is left out")
+        except NonFiniteError:  # left to the guard, so that all processes learn of it, and at the same point
             return Losses(_poisoned(predictions), {}, {})
 
     def update(self, total: Tensor, image_ids: list[int]) -> Tensor:
@@ -244,6 +280,7 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.detector.parameters(), self.recipe.clip_norm)
         finite = self.guard.board(total, norm, self.step + 1, image_ids)
+        self.statistics.settle(finite)
         set_lr(self.optimizer, self.factor(self.step))
         gated_step(self.optimizer, finite)
         self.scaler.update()
@@ -253,17 +290,35 @@ class Trainer:
         return norm
 
     def meet(self, batches: list[Batch]) -> tuple[Normalizer, list[int]]:
-        """What all processes must know of a step: everyone's object counts and images, and the wish to stop.
+        """What all processes must know of a step: object counts, images, the wishes to stop or save, missing images.
 
         This travels between the hosts, so that the device need not wait, and every process stops after the same step.
         """
-        counts = [count for batch in batches for count in batch.targets.counts]
-        ids = [one for batch in batches for one in batch.images.image_ids]
-        rows = self.world.gather_numbers([float(self.interruption.wanted), *counts, *ids])
-        self.stop_wanted = any(row[0] for row in rows)
-        everyone = torch.tensor([count for row in rows for count in row[1 : 1 + len(counts)]], dtype=torch.float32)
+        size = self.plan.batch_size_per_device * self.plan.accumulation
+        counts = [count for batch in batches for count in batch.targets.counts] or [0] * size
+        ids = [one for batch in batches for one in batch.images.image_ids] or [0] * size
+        wishes = [self.failure is not None, self.interruption.wanted, self.save_due()]
+        rows = self.world.gather_numbers([*map(float, wishes), *counts, *ids])
+        failed, self.stop_wanted, self.save_wanted = (any(row[index] for row in rows) for index in range(3))
+        if failed:
+            self.leave_for_want_of_images()
+        everyone = torch.tensor([count for row in rows for count in row[3 : 3 + size]], dtype=torch.float32)
         normalizer = Normalizer(everyone.to(self.device, non_blocking=True), self.world.size)
-        return normalizer, [int(one) for row in rows for one in row[1 + len(counts) :]]
+        return normalizer, [int(one) for row in rows for one in row[3 + size :]]
+
+    def explain(self) -> str:
+        """Words about what was not finite in the step that the guard judged last; a call of all processes."""
+        assert self.judged is not None
+        mine = diagnose(
+            self.detector,
+            self.criterion,
+            self.judged,
+            self.device,
+            self.runtime.autocast,
+            self.scaler.get_scale() if self.scaler.is_enabled() else 1.0,
+        )
+        found = [words for words in self.world.gather_objects(mine) if words]
+        return self.world.from_main(found[0] if found else NOTHING)
 
     def averaging_gradients(self, last: bool) -> AbstractContextManager[Any]:
         """Let the processes average their gradients in the last backward of a step only."""
@@ -291,6 +346,8 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Evaluate the averaged weights where there are some, else the trained ones."""
         self.world.share_buffers(self.detector)
+        if self.ema is not None:  # its averages of running statistics drift apart as those themselves do
+            self.world.share_buffers(self.ema.model)
         self.evaluation = evaluate_model(
             self.evaluated,
             self.val_loader,
@@ -304,6 +361,10 @@ class Trainer:
         if self.evaluation is None:
             self.leave()
         assert self.evaluation is not None
+        words = collapse_words(self.evaluation.query_spread, int(self.cfg.model.num_queries))
+        if words and not self.collapsed:
+            self.world.say(f"warning: {words}")
+        self.collapsed = words is not None
         return self.evaluation.numbers()
 
     @property
@@ -314,9 +375,12 @@ class Trainer:
         """Make the run folder, and say what is going to be done."""
         if self.world.is_main:
             self.start.folder.mkdir(parents=True, exist_ok=True)
+            remove_parts(self.start.folder)
             write_config(self.start.folder, self.config)
         resumed_at = self.step if self.start.resumed else None
-        self.trackers.start(RunInfo(str(self.cfg.name), self.start.folder, self.config, self.plan.epochs, resumed_at))
+        self.trackers.start(
+            RunInfo(str(self.cfg.name), self.start.folder, self.config, self.plan.epochs, resumed_at, self.epoch)
+        )
         chosen = self.plan
         rows = [
             ("data", self.data.describe()),
@@ -337,7 +401,11 @@ class Trainer:
             rows.insert(4, ("sampling op", backends.describe(self.device.type)))
         if self.start.checkpoint is not None:
             rows.append(("resumed", f"{self.start.checkpoint}, after step {self.step}, {self.images_seen} images"))
+        if self.initial is not None:
+            rows += self.initial.rows
         self.world.say(f"training {self.cfg.name}\n{listing(rows)}")
+        for words in () if self.initial is None else self.initial.warnings:
+            self.world.say(f"warning: {words}")
         starts_from_weights = self.start.checkpoint is not None or self.cfg.init_from is not None
         for concern in concerns(
             int(self.cfg.model.num_queries),
@@ -393,22 +461,41 @@ class Trainer:
         """Write the checkpoints that are due after an epoch."""
         better = ap is not None and (self.best is None or ap > self.best)
         self.best = ap if better else self.best
-        names = [LAST] + [BEST] * better
+        names = [BEST] * better
         if self.cfg.checkpoint.every and self.epoch % self.cfg.checkpoint.every == 0:
             names.append(f"epoch_{self.epoch:04}.pt")
-        self.save(names)
+        # The last one says that the epoch is done, the others with it: a run killed in between writes them again.
+        self.save([*names, LAST])
+
+    def save_due(self) -> bool:
+        """Whether it is time to save in the middle of an epoch; the main process' clock decides."""
+        return self.world.is_main and time.monotonic() - self.saved_at >= self.cfg.checkpoint.every_seconds
 
     def save(self, names: list[str]) -> None:
         """Write the present state under these names; a call of all processes."""
-        state = self.state_dict()
-        if self.world.is_main:
-            for name in names:
+        state, failure = self.state_dict(), None
+        try:
+            for name in names if self.world.is_main else ():
                 checkpoint.save(self.start.folder / name, state)
-        self.world.barrier()
+        except CheckpointError as error:
+            failure = error
+        if any(row[0] for row in self.world.gather_numbers([failure is not None])):
+            self.world.end_together(failure)
+        self.saved_at = time.monotonic()
+
+    def leave_for_want_of_images(self) -> None:
+        """Save after the last finished step, and end with the error of the process that lacks an image."""
+        self.guard.look()
+        self.save([LAST])
+        if self.failure is not None:
+            self.failure = type(self.failure)(
+                f"{self.failure}\nthe {self.step} steps before it are saved; when this is repaired, go on with "
+                f"resume=auto output_dir={self.start.folder}"
+            )
+        self.world.end_together(self.failure)
 
     def leave(self) -> None:
         """Save after the last finished step, and end the process as its signal asks."""
-        self.meter.read()
         self.guard.look()
         self.save([LAST])
         self.world.say(
@@ -433,6 +520,8 @@ class Trainer:
             "images_seen": self.images_seen,
             "plan": self._shape_of_plan(),
             "meter": self.meter.state_dict(),
+            "windows": self.world.gather_objects(self.meter.window()),
+            "not_finite": self.guard.in_a_row,
             "rng": self.world.gather_objects(rng_state()),
             "best": self.best,
             "metrics": None if self.evaluation is None else self.evaluation.numbers(),
@@ -452,10 +541,11 @@ class Trainer:
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.steps_done, self.best = state["epoch"], state["steps_done"], state["best"]
-        self.meter.load_state_dict(state["meter"])
+        self.meter.load_state_dict(state["meter"], state.get("windows", ()))
+        self.guard.in_a_row = state.get("not_finite", 0)
         changed = checkpoint.differences(state["config"], self.config, lambda node: node in checkpoint.RUN_NODES)
         for words in changed:
-            if not words.startswith(("output_dir", "resume", "init_from", "name")):
+            if not words.startswith(("output_dir", "resume", "init_", "name")):
                 self.world.say(f"resumed with another setting: {words}")
         if len(state["rng"]) == self.world.size:
             set_rng_state(state["rng"][self.world.rank])
@@ -464,17 +554,20 @@ class Trainer:
                 f"resumed with {self.world.size} processes instead of {len(state['rng'])}: random numbers start anew"
             )
 
-    def _build_detector(self, state: dict[str, Any] | None) -> nn.Module:
+    def _build_detector(self, state: dict[str, Any] | None, given: Initial | None) -> nn.Module:
         """The model with the weights that it starts from: a checkpoint's, or what its backbone was pretrained to."""
-        source = self.start.checkpoint or self.cfg.init_from
-        detector = build_detector(self.cfg, self.data.label_map.num_classes, pretrained=source is None)
+        # Weights without a backbone fit only in part, if that is asked for: then it starts as it would without them.
+        pretrained = state is None and (given is None or (self.cfg.init_partial and not given.has_backbone))
+        detector = build_detector(self.cfg, self.data.label_map.num_classes, pretrained=pretrained)
         if state is not None:
+            source = self.start.checkpoint
+            assert source is not None
             checkpoint.check_same_model(state["config"], self.config, source)
             if state["label_map"] != self.data.label_map.state_dict():
                 raise CheckpointError(f"{source} was trained on other classes than the data set has now")
             checkpoint.load_weights(detector, state["model"], source)
-        elif source is not None:
-            checkpoint.load_weights(detector, checkpoint.load_model(source).weights, source)
+        elif given is not None:
+            self.initial = start_from(detector, given, self.config, self.data.label_map, self.cfg.init_partial)
         return detector
 
     def _spread(self, model: nn.Module) -> nn.Module:
@@ -506,6 +599,7 @@ def _check_settings(cfg: DictConfig) -> None:
         ("evaluation.every", cfg.evaluation.every, 1),
         ("evaluation.pictures", cfg.evaluation.pictures, 0),
         ("checkpoint.every", cfg.checkpoint.every or 1, 1),
+        ("checkpoint.every_seconds", cfg.checkpoint.every_seconds, 0),
         ("tracking.log_every", cfg.tracking.log_every, 1),
     ):
         if value < least:

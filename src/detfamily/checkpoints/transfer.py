@@ -1,0 +1,208 @@
+"""Starting a training from the weights of another one: which tensors go over, and the words about it.
+
+Two kinds of tensors may differ: class heads, whose rows go over by the classes' names, and learned queries, of which as
+many go over as there are in both. Anything else that does not fit is an error that names it, or, where that is asked
+for, keeps its initial value and is named too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detfamily.checkpoints.adapter import listed
+from detfamily.checkpoints.classes import compare, is_class_row, is_first_row_special, move_rows
+from detfamily.checkpoints.official import computation, model_overrides, read_official, translate, unequal
+from detfamily.checkpoints.read import read_file
+from detfamily.data.labels import LabelMap
+from detfamily.engine import checkpoint
+from detfamily.errors import CheckpointError
+
+_QUERIES = re.compile(r"query_source\.(pos|content)")
+_COUNTER = re.compile(r"\.num_batches_tracked$")
+"""Norms that are trained have it, frozen ones do not, and the other tensors of both are the same."""
+
+
+@dataclass(frozen=True)
+class Initial:
+    """Weights to start from, of ours or of an official file.
+
+    Attributes:
+        path: the file.
+        origin: where it comes from, in words.
+        weights: our names.
+        label_map: what the columns of the class heads stand for; None where that is not known.
+        config: of its model, resolved.
+        assumed: settings in ``config`` that the file does not tell.
+        fits: overrides that make a model of its kind; empty where they are not known.
+    """
+
+    path: Path
+    origin: str
+    weights: dict[str, Tensor]
+    label_map: LabelMap | None
+    config: dict[str, Any]
+    assumed: tuple[str, ...] = ()
+    fits: tuple[str, ...] = ()
+
+    @property
+    def has_backbone(self) -> bool:
+        return any(name.startswith("backbone.") for name in self.weights)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What went over.
+
+    Attributes:
+        rows: a name and some words each: tensors, classes, queries.
+        warnings: what did not go over, and what may be wrong about it.
+    """
+
+    rows: tuple[tuple[str, str], ...]
+    warnings: tuple[str, ...]
+
+
+def read_initial(path: str | Path) -> Initial:
+    """Read weights to start from: a checkpoint of ours (its averaged weights, if it has any), or an official file.
+
+    Raises:
+        CheckpointError: the file is missing, broken, hostile, or of nothing that can be read.
+    """
+    path = checkpoint.require(path)
+    content = read_file(path)
+    if checkpoint.is_ours(content):
+        state = checkpoint.check(content, path)
+        weights = state["ema"]["model"] if state.get("ema") else state["model"]
+        if not isinstance(state["config"].get("detector"), Mapping):
+            raise CheckpointError(f"{path} is damaged: its config has no detector")
+        stored = state.get("origin")
+        origin: Mapping[str, Any] = stored if isinstance(stored, Mapping) else {}
+        words = f"from {origin['repository']}" if "repository" in origin else "a checkpoint of detfamily"
+        label_map = LabelMap.from_state_dict(state["label_map"])
+        assumed, fits = (tuple(origin.get(key, ())) for key in ("assumed", "fits"))
+        return Initial(path, words, weights, label_map, state["config"], assumed, fits)
+    found = translate(read_official(content, path))
+    assumed, fits = tuple(found.variant.assumed), model_overrides(found.variant)
+    words = f"of {found.repository}"
+    return Initial(path, words, found.weights, found.label_map, found.config, assumed, fits)
+
+
+def start_from(
+    detector: nn.Module, initial: Initial, config: Mapping[str, Any], label_map: LabelMap, partial: bool = False
+) -> Report:
+    """Put the weights into a detector, as far as they fit, and say so.
+
+    Args:
+        detector: with its initial values.
+        initial: the weights.
+        config: of the detector, resolved.
+        label_map: of the data that it will be trained on.
+        partial: leave initial values where a tensor is missing or of another shape, instead of an error.
+
+    Raises:
+        CheckpointError: tensors that do not fit (each by name, with what would make them fit); or nothing fits.
+    """
+    own = detector.state_dict()
+    weights = {name: value for name, value in initial.weights.items() if name in own or not _COUNTER.search(name)}
+    new, wrong, equal, queries = {}, [], 0, ""
+    for name, target in own.items():
+        if name not in weights:
+            continue
+        given = weights[name]
+        if is_class_row(name) and initial.label_map != label_map:
+            moved = _class_rows(name, given, target, initial.label_map, label_map)
+            if moved is None:
+                wrong.append(f"{name} {list(given.shape)}, a class head of another kind than {list(target.shape)}")
+            else:
+                new[name] = moved
+        elif given.shape == target.shape:
+            new[name], equal = given, equal + 1
+        elif _QUERIES.fullmatch(name) and given.shape[1:] == target.shape[1:]:
+            count = min(len(given), len(target))
+            new[name] = torch.cat([given[:count].to(target.dtype), target[count:]])
+            queries = f"the first {count} of {len(given)}" + f", {len(target) - count} new" * (len(target) > count)
+        else:
+            wrong.append(f"{name} {list(given.shape)}, expected {list(target.shape)}")
+    missing = [name for name in own if name not in weights and not _COUNTER.search(name)]
+    left = [name for name in weights if name not in own]
+    _refuse(initial, config, missing, left, wrong, bool(new), partial)
+    detector.load_state_dict(new, strict=False)
+
+    rows = [("weights", f"{initial.path} ({initial.origin}): {equal} of {len(own)} tensors as they are")]
+    if initial.label_map != label_map:
+        rows.append(("classes", _class_words(initial, label_map)))
+    if queries:
+        rows.append(("queries", queries))
+    lists = (("stay as they were drawn", missing), ("are left out", left), ("are skipped for their shape", wrong))
+    warnings = [f"{len(names)} tensors {words}: {listed(names, 6)}" for words, names in lists if names]
+    if other := _other_settings(initial, config):
+        warnings.append(f"the weights of {initial.path} were trained with other settings: {listed(other, 6)}")
+    return Report(tuple(rows), tuple(warnings))
+
+
+def _class_rows(name: str, given: Tensor, target: Tensor, theirs: LabelMap | None, ours: LabelMap) -> Tensor | None:
+    """The head's tensor with the rows that go over; None if it is a head of another kind."""
+    if theirs is None:
+        return target
+    no_object = [tensor.shape[0] - one.num_classes for tensor, one in ((given, theirs), (target, ours))]
+    if given.shape[1:] != target.shape[1:] or no_object[0] != no_object[1] or no_object[0] < 0:
+        return None
+    return move_rows(given, theirs, target, ours, is_first_row_special(name))
+
+
+def _class_words(initial: Initial, label_map: LabelMap) -> str:
+    if initial.label_map is None:
+        return (
+            "the file does not say which, so the class heads start anew; to keep rows, convert it first: "
+            f"detfamily convert {initial.path} NAME.pt categories=ANNOTATIONS.json"
+        )
+    found = compare(initial.label_map, label_map)
+    words = [f"{len(found.known)} of {label_map.num_categories} by name{_in_brackets(found.known)}"]
+    if found.new:
+        words.append(f"{len(found.new)} new{_in_brackets(found.new)}")
+    if found.dropped:
+        words.append(f"{len(found.dropped)} of the checkpoint are not needed")
+    return "; ".join(words)
+
+
+def _in_brackets(names: tuple[str, ...]) -> str:
+    return f" ({listed(names, 6)})" if names else ""
+
+
+def _refuse(
+    initial: Initial,
+    config: Mapping[str, Any],
+    missing: list[str],
+    left: list[str],
+    wrong: list[str],
+    anything: bool,
+    partial: bool,
+) -> None:
+    lists = (("missing", missing), ("not in this model", left), ("of another shape", wrong))
+    troubles = [f"{words}: {listed(names)}" for words, names in lists if names]
+    if not troubles or (partial and anything):
+        return
+    text = f"the weights of {initial.path} ({initial.origin}) do not fit the model: " + "; ".join(troubles)
+    if initial.fits:
+        text += f". They fit {' '.join(initial.fits)}"
+    elif other := _other_settings(initial, config):
+        text += f". Settings that differ: {listed(other, 6)}"
+    raise CheckpointError(text + ("" if partial else ". init_partial=true takes what fits, and leaves the rest new"))
+
+
+def _other_settings(initial: Initial, config: Mapping[str, Any]) -> list[str]:
+    """Where the model computes something else from the same tensors; what the file does not tell is not compared."""
+    guessed = {key.rpartition(".")[2] for key in initial.assumed}
+    guessed |= {"num_points"} if "num_heads" in guessed else set()  # told from tensors that have a row for each of both
+    told, now = (
+        {key: value for key, value in computation(one).items() if key.rpartition(".")[2] not in guessed}
+        for one in (initial.config, config)
+    )
+    return unequal(told, now, "{key} was {0}, now {1}")

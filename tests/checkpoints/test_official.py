@@ -1,0 +1,388 @@
+"""Official files become ours: what model they are of, which of their tensors do not fit, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from detfamily.build import build_detector
+from detfamily.checkpoints import adapter_for
+from detfamily.checkpoints.official import computation, label_map_for, read_official, to_official, translate
+from detfamily.checkpoints.registry import UPSTREAMS
+from detfamily.checkpoints.variant import Evidence
+from detfamily.config import compose, to_container
+from detfamily.data.labels import LabelMap
+from detfamily.errors import CheckpointError, ConfigError, DataError
+from detfamily.parity.case import Case
+from detfamily.parity.families import deformable_detr, detr
+
+Read = Callable[[str], dict[str, Any]]
+DEFORMABLE = "r50_deformable_detr"
+REFINE = "_plus_iterative_bbox_refinement"
+EXPERIMENTS = {
+    "detr-r50": "detr_r50_500ep",
+    "detr-r101": "detr_r101_500ep",
+    "detr-r50-dc5": "detr_r50_dc5_500ep",
+    "detr-r101-dc5": "detr_r101_dc5_500ep",
+    DEFORMABLE: "deformable_detr_r50",
+    f"{DEFORMABLE}{REFINE}": "deformable_detr_r50_refine",
+    f"{DEFORMABLE}{REFINE}_plus_plus_two_stage": "deformable_detr_r50_two_stage",
+    f"{DEFORMABLE}_single_scale": "deformable_detr_r50_single_scale",
+    f"{DEFORMABLE}_single_scale_dc5": "deformable_detr_r50_single_scale_dc5",
+}
+
+
+def family_of(name: str) -> str:
+    return "detr" if name.startswith("detr") else "deformable_detr"
+
+
+def stand_ins(stored_json: Read, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of the official names and shapes that take no memory, and the official settings."""
+    found = stored_json(f"{family_of(name)}/checkpoint_keys.json")["variants"][name]
+    state = {key: torch.zeros((), dtype=getattr(torch, dtype)).expand(shape) for key, shape, dtype in found["keys"]}
+    return state, found["args"]
+
+
+def official(state: Mapping[str, Tensor], args: Mapping[str, Any] | None = None, name: str = "a.pth") -> Any:
+    content: dict[str, Any] = {"model": dict(state)}
+    if args is not None:
+        content |= {"optimizer": {}, "lr_scheduler": {}, "epoch": 1, "args": argparse.Namespace(**args)}
+    return read_official(content, Path(name))
+
+
+@pytest.mark.parametrize("with_args", [True, False])
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_what_model_a_file_is_of(stored_json: Read, name: str, with_args: bool) -> None:
+    state, args = stand_ins(stored_json, name)
+    file = official(state, args if with_args else None, f"{name}.pth")
+    assert file.family == family_of(name) and file.columns == 91
+    variant = UPSTREAMS[file.family].variant(Evidence(file.state, file.args, f"{name}.pth"))
+    assert variant.experiment == EXPERIMENTS[name] and not variant.doubts
+    assert set(variant.assumed) - {"model.num_queries"} == (
+        set() if with_args else {"backbone.dilation", "model.num_heads", "model.dropout"}
+    )
+    names = {"hidden_dim": "model.embed_dim", "nheads": "model.num_heads", "dim_feedforward": "model.ffn_dim"}
+    names |= {"enc_layers": "encoder.num_layers", "dec_layers": "decoder.num_layers", "dropout": "model.dropout"}
+    names |= {"num_queries": "model.num_queries", "dilation": "backbone.dilation"}
+    if file.family == "deformable_detr":
+        names |= {"num_feature_levels": "model.num_levels", "enc_n_points": "model.num_points"}
+        names |= {"dec_n_points": "cross_attention.num_points"}
+    assert {key: variant.fields[ours] for key, ours in names.items()} == {key: args[key] for key in names}
+
+
+@pytest.mark.parametrize("name", ["detr-r101-dc5", f"{DEFORMABLE}{REFINE}_plus_plus_two_stage"])
+def test_a_full_size_file_becomes_ours(stored_json: Read, name: str) -> None:
+    state, args = stand_ins(stored_json, name)
+    found = translate(official(state, args))
+    wanted = to_container(compose("train", [f"experiment={EXPERIMENTS[name]}", "data.root=."]))
+    assert computation(found.config) == computation(wanted)
+    with torch.device("meta"):
+        own = build_detector(found.cfg, 91, pretrained=False).state_dict()
+    assert {key: value.shape for key, value in found.weights.items()} == {key: v.shape for key, v in own.items()}
+    assert found.label_map is not None and found.label_map.name(90) == "toothbrush"
+
+
+# -- small files, with everything in them ------------------------------------------------------------------------------
+
+SMALL = [
+    *("backbone=resnet18", "backbone.weights=null", "model.embed_dim=32", "model.ffn_dim=48", "model.num_queries=7"),
+    *("encoder.num_layers=1", "decoder.num_layers=2"),
+]
+MODELS = {
+    "detr": ["family=detr"],
+    "detr with other blocks": ["family=detr", "residual=pre_norm", "position=learned", "model.num_heads=4"],
+    "deformable": ["family=deformable_detr", "model.num_points=3", "cross_attention.num_points=2"],
+    "refine": ["family=deformable_detr", "decoder=refine", "position=learned"],
+    "two stages": ["family=deformable_detr", "decoder=refine", "query_source=proposals", "model.num_heads=4"],
+    "single scale": ["family=deformable_detr", "model.stages=[5]", "model.num_levels=1"],
+}
+
+
+def small(name: str, columns: int = 91) -> tuple[dict[str, Tensor], Any, dict[str, Tensor]]:
+    """The official names of a small model of ours, its config, and our names."""
+    state, cfg, ours = made(name, columns)
+    return dict(state), cfg, dict(ours)
+
+
+@functools.cache
+def made(name: str, columns: int) -> tuple[dict[str, Tensor], Any, dict[str, Tensor]]:
+    cfg = compose("train", [*MODELS[name], *SMALL])
+    torch.manual_seed(0)
+    detector = build_detector(cfg, columns, pretrained=False)
+    state = adapter_for(cfg.family_name, detector).to_official(detector.state_dict())
+    return state, cfg, detector.state_dict()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back(name: str) -> None:
+    state, cfg, ours = small(name)
+    labels = LabelMap(tuple(range(91)), tuple(f"c{i}" for i in range(91)))
+    content = to_official(ours, cfg, labels, Path("a.pt"))
+    assert list(content) == ["model", "args"] and content["args"]["num_classes"] == 91
+    assert {key: value.shape for key, value in content["model"].items()} == {k: v.shape for k, v in state.items()}
+    found = translate(read_official(content, Path("a.pth")))
+    assert not found.variant.doubts and set(found.weights) == set(ours)
+    for key, value in found.weights.items():
+        assert torch.equal(value, ours[key]), key
+    resolved = to_container(cfg)
+    assert computation(found.config) == computation(resolved)
+
+
+@pytest.mark.parametrize("case", ["detr/postnorm", "deformable_detr/base", "deformable_detr/two_stage"])
+def test_the_model_of_a_golden_case(goldens: Path, case: str) -> None:
+    """Its config is the one under which the golden results are reproduced, and its tensors go where they belong."""
+    stored = Case.load(goldens / case)
+    family = {"detr": detr, "deformable_detr": deformable_detr}[stored.family]
+    golden = load_file(goldens / case / "weights.safetensors")
+    body, _, _ = small("deformable" if stored.family == "deformable_detr" else "detr")
+    grafted = {**{key: value for key, value in body.items() if key.startswith("backbone.")}, **golden}
+    for key, value in golden.items():  # the cases have another backbone: its channels are all that must differ
+        if key.startswith("input_proj.") and value.ndim == 4:
+            level = key.split(".")[1]
+            channels = {"0": 128, "1": 256}.get(level, 512) if stored.family == "deformable_detr" else 512
+            grafted[key] = torch.zeros(value.shape[0], channels, *value.shape[2:])
+    args = {key: value for key, value in stored.info["args"].items() if not key.startswith("backbone")}
+    number = stored.info["num_classes"]
+    labels = LabelMap(tuple(range(number)), tuple(f"c{i}" for i in range(number)))
+    found = translate(official(grafted, args), label_map=labels)
+    wanted = to_container(compose("train", family.overrides(stored)))
+
+    def transformer(config: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in computation(config).items() if not key.startswith("backbone.")}
+
+    assert transformer(found.config) == transformer(wanted)
+    with torch.device("meta"):
+        detector = build_detector(found.cfg, number, pretrained=False)
+    adapter = adapter_for(stored.family, detector)
+    for key, value in golden.items():
+        parts = [found.weights[name] for name in adapter.our_names(key)]
+        if not (key.startswith("input_proj.") and value.ndim == 4):
+            assert torch.equal(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0], value), key
+
+
+def test_prefix_and_counters_are_no_obstacle() -> None:
+    state, _, ours = small("refine")
+    noise = {"total_ops": torch.zeros(1), "backbone.0.body.conv1.total_params": torch.zeros(1)}
+    noise["backbone.0.body.bn1.num_batches_tracked"] = torch.tensor(7)
+    wrapped = {f"module.{name}": value for name, value in {**state, **noise}.items()}
+    for content in (wrapped, {"model": wrapped}, {"model": {**state, **noise}}):
+        file = read_official(content, Path("a.pth"))
+        assert set(file.ignored) == set(noise)
+        assert set(translate(file).weights) == set(ours)
+
+
+def test_half_precision_becomes_single() -> None:
+    state, _, ours = small("detr")
+    found = translate(official({key: value.half() for key, value in state.items()}))
+    assert all(value.dtype == ours[key].dtype for key, value in found.weights.items())
+
+
+def test_copies_may_be_left_out_as_safetensors_does() -> None:
+    state, _, ours = small("deformable")
+    fewer = {key: value for key, value in state.items() if not key.startswith(("class_embed.1.", "bbox_embed.1."))}
+    assert len(fewer) == len(state) - 8
+    assert set(translate(official(fewer)).weights) == set(ours)
+
+
+def test_all_that_does_not_fit_is_named_at_once() -> None:
+    state, _, _ = small("deformable")
+    del state["input_proj.1.0.weight"]
+    del state["transformer.decoder.layers.1.norm3.bias"]
+    state["transformer.extra.weight"] = torch.zeros(2)
+    state["backbone.0.body.layer9.0.weight"] = torch.zeros(2)
+    state["transformer.encoder.layers.0.linear2.weight"] = torch.zeros(32, 47)
+    with pytest.raises(CheckpointError) as caught:
+        translate(official(state))
+    text = str(caught.value)
+    assert "missing: input_proj.1.0.weight, transformer.decoder.layers.1.norm3.bias;" in text
+    assert "unknown: transformer.extra.weight, backbone.0.body.layer9.0.weight;" in text
+    assert "of another shape: transformer.encoder.layers.0.linear2.weight [32, 47], expected [32, 48]" in text
+
+
+@pytest.mark.parametrize(
+    "name", ["query_embed.weight", "class_embed.weight", "transformer.encoder.layers.0.linear1.weight"]
+)
+def test_what_tells_the_model_is_missing(name: str) -> None:
+    state, _, _ = small("detr")
+    del state[name]
+    with pytest.raises(CheckpointError, match=rf"a\.pth is incomplete: {name} is missing"):
+        translate(official(state))
+
+
+HOSTILE_SHAPES = [
+    ("query_embed.weight", torch.zeros(7), "expected 2 axes"),
+    ("query_embed.weight", torch.zeros(0, 32), "expected 2 axes"),
+    ("class_embed.weight", torch.zeros(1, 32), "no row for any class"),
+    ("transformer.encoder.layers.0.linear1.weight", torch.zeros(1).expand(10**12, 32), "of another shape"),
+    (
+        "transformer.encoder.layers.0.linear1.bias",
+        torch.full((48,), float("nan")),
+        "NaN or infinity, in .*linear1",
+    ),
+    ("backbone.0.body.layer3.7.conv1.weight", torch.zeros(1), "no ResNet that is known here has 8 blocks"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "words"), HOSTILE_SHAPES)
+def test_shapes_and_values_that_no_training_leaves(name: str, value: Tensor, words: str) -> None:
+    state, _, _ = small("detr")
+    with pytest.raises(CheckpointError, match=words):
+        translate(official({**state, name: value}))
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"nheads": "eight"}, "stored setting nheads is 'eight'"),
+        ({"nheads": -1}, "stored setting nheads is -1"),
+        ({"nheads": 10**9}, "stored setting nheads"),
+        ({"dropout": float("nan")}, "stored setting dropout is nan"),
+        ({"dilation": 3}, "stored setting dilation is 3"),
+        ({"nheads": 5}, "num_heads|multiple|5"),
+        ({"dilation": True}, "bottlenecks"),
+    ],
+)
+def test_settings_that_make_no_model(args: dict[str, Any], words: str) -> None:
+    state, _, _ = small("detr")
+    with pytest.raises((CheckpointError, ConfigError), match=words):
+        translate(official(state, args))
+
+
+def test_tensors_decide_where_settings_contradict_them() -> None:
+    state, _, _ = small("refine")
+    args = {"with_box_refine": False, "hidden_dim": 256, "num_queries": 300, "position_embedding": "sine", "nheads": 8}
+    found = translate(official(state, args))
+    assert "decoder=refine" in found.variant.choices and found.config["model"]["embed_dim"] == 32
+    assert len(found.variant.doubts) == 4
+    assert "its stored setting hidden_dim is 256, its tensors are of 32" in found.variant.doubts
+
+
+def test_two_stages_without_refinement_are_refused() -> None:
+    state, _, _ = small("two stages")
+    fewer = {key: value for key, value in state.items() if not key.startswith("transformer.decoder.bbox_embed.")}
+    with pytest.raises(CheckpointError, match="two stages without box refinement"):
+        translate(official(fewer))
+
+
+def test_the_user_can_say_what_the_file_does_not() -> None:
+    state, _, _ = small("two stages")
+    plain = translate(official(state))
+    assert (plain.config["model"]["num_heads"], plain.config["model"]["num_queries"]) == (8, 300)
+    found = translate(official(state), ["model.num_heads=4", "model.num_queries=7"])
+    assert found.config["encoder_attention"]["num_heads"] == 4 and found.config["encoder_attention"]["num_points"] == 4
+    assert found.config["query_source"]["num_queries"] == 7
+    with pytest.raises(CheckpointError, match="not a multiple of 44.*model.num_heads"):
+        translate(official(state), ["model.num_heads=11"])
+    with pytest.raises(CheckpointError, match=r"missing: .*; unknown: "):
+        translate(official(state), ["query_source=learned_points"])
+    with pytest.raises(ConfigError, match="is of the family deformable_detr, and cannot become one of detr"):
+        translate(official(state), ["family=detr"])
+
+
+# -- other files -------------------------------------------------------------------------------------------------------
+
+
+def test_panoptic_models_are_refused_by_name(stored_json: Read) -> None:
+    state, args = stand_ins(stored_json, "detr-r50-panoptic-masks")
+    with pytest.raises(CheckpointError, match=r"panoptic model: .* 32 tensors .*bbox_attention\.q_linear\.weight, "):
+        official(state, args)
+
+
+OTHERS = [
+    ("dino", "dino/4scale_train", "DINO"),
+    ("conditional_detr", "conditional_detr/base", "Conditional DETR"),
+    ("dab_detr", "dab_detr/base", "DAB-DETR"),
+    ("dab_deformable_detr", "dab_deformable_detr/base", "DAB-DETR"),
+    ("dn_dab_detr", "dn_dab_detr/base", "DN-DETR, DINO"),
+    ("co_detr", "co_detr/co_dino_train", "mmdetection"),
+]
+
+
+@pytest.mark.parametrize(("family", "case", "words"), OTHERS)
+def test_files_of_other_projects_are_told_apart(goldens: Path, family: str, case: str, words: str) -> None:
+    state = load_file(goldens / case / "weights.safetensors")
+    with pytest.raises(CheckpointError, match=f"is a file of .*{words}.*adapters for the official files of facebook"):
+        read_official({"model": state}, Path("a.pth"))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"meta": {}, "state_dict": {"bbox_head.x": torch.zeros(1)}}, "mmdetection"),
+        ({"model": {"transformer.encoder.layers.0.attentions.0.x": torch.zeros(1)}}, "detrex"),
+        ({"conv1.weight": torch.zeros(1), "layer4.2.conv2.weight": torch.zeros(1)}, "ResNet alone.*backbone.weights="),
+        ({"state_dict": {"model.transformer.x": torch.zeros(1)}}, "training framework"),
+        ({"model": {"a.weight": torch.zeros(1)}}, "tensors of no known project"),
+        ({"model": {}}, "holds a dict with nothing in it"),
+        ({}, "holds a dict with nothing in it"),
+        (torch.zeros(3), "holds a tensor of"),
+        ([1, 2], "holds a list"),
+        ({"model": [torch.zeros(3)]}, "holds a list"),
+        ({"model": {"a": torch.zeros(1), "b": 3}}, "no dense tensor with a name: 'b'"),
+        ({"model": {1: torch.zeros(1)}}, "no dense tensor with a name: 1"),
+        ({"model": {"a": torch.eye(3).to_sparse()}}, "no dense tensor with a name: 'a'"),
+        ({"model": {"a": torch.zeros(1, device="meta")}}, "no dense tensor with a name: 'a'"),
+    ],
+)
+def test_what_holds_no_official_weights(content: Any, words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        read_official(content, Path("a.pth"))
+
+
+# -- labels, and back --------------------------------------------------------------------------------------------------
+
+CATEGORIES = [{"id": 3, "name": "boat"}, {"id": 7, "name": "buoy"}]
+
+
+def test_what_columns_stand_for() -> None:
+    by_id = label_map_for(CATEGORIES, 10, "x.json")
+    assert by_id.num_classes == 10 and by_id.name(3) == "boat" and by_id.name(7) == "buoy"
+    assert label_map_for(CATEGORIES, 2, "x.json") == LabelMap.contiguous(CATEGORIES)
+    with pytest.raises(DataError, match=r"x\.json has 2 categories with ids up to 7, and the class head has 5 columns"):
+        label_map_for(CATEGORIES, 5, "x.json")
+
+
+@pytest.mark.parametrize("name", ["detr", "two stages"])
+def test_contiguous_columns_go_to_their_category_ids(name: str) -> None:
+    _, cfg, ours = small(name, columns=2)
+    labels = LabelMap.contiguous(CATEGORIES)
+    content = to_official(ours, cfg, labels, Path("a.pt"))
+    key = UPSTREAMS[cfg.family_name].class_head
+    weight, bias = content["model"][key], content["model"][key.replace("weight", "bias")]
+    source = ours["heads.class_heads.0.weight"]
+    assert content["args"]["num_classes"] == 8 and len(weight) == 8 + (name == "detr")
+    assert torch.equal(weight[[3, 7]], source[:2]) and not weight[[0, 1, 2, 4, 5, 6]].any()
+    assert (bias[[0, 1, 2, 4, 5, 6]] < -50).all()
+    if name == "detr":
+        assert torch.equal(weight[8], source[2])
+    else:  # the official code takes proposals by the first column
+        assert torch.equal(content["model"]["class_embed.2.weight"][0], ours["query_source.class_head.weight"][0])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["family=detr", "classification=focal", "postprocess=top_k"], "class_embed|class_head"),
+        (["family=detr", "position=sine_centered"], "position.offset is -0.5 here and 0.0 there"),
+        (["family=detr", "encoder_position=at_input"], "encoder_position"),
+        (["family=deformable_detr", "normalize.mean=[0,0,0]"], "normalize.mean"),
+        (["family=deformable_detr", "decoder=refine", "query_source=proposals", "query_source.mixed=true"], "content"),
+        (["family=deformable_detr", "neck=fpn"], "without an official counterpart: neck"),
+        (["family=deformable_detr", "backbone=small"], "without an official counterpart: backbone"),
+    ],
+)
+def test_what_the_official_code_cannot_compute_is_not_written(overrides: list[str], words: str) -> None:
+    more = SMALL[2:] if "backbone=small" in overrides else SMALL
+    cfg = compose("train", [*overrides, *more])
+    weights = build_detector(cfg, 91, pretrained=False).state_dict()
+    labels = LabelMap(tuple(range(91)), tuple(f"c{i}" for i in range(91)))
+    with pytest.raises(CheckpointError, match=rf"a\.pt cannot become a file of .*({words})"):
+        to_official(weights, cfg, labels, Path("a.pt"))
