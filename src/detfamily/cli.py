@@ -138,12 +138,12 @@ COMMANDS = {
         ),
         Command(
             "ablate",
-            "train every row of an ablation table with several seeds, as far as it is not done yet; one results file",
+            "run the rows of an ablation table with several seeds, as far as they are not done; one results file",
             "train",
             "detfamily.experiments.ablate:ablate",
             (
                 "experiments/deformable_detr/variants.yaml scale=mini seeds=3",
-                "experiments/detr/encoder_depth.yaml scale=coco data.root=/data/coco seeds=[0] 'rows=0 layers,6 layers'",
+                "experiments/detr/encoder_depth.yaml scale=coco data.root=/data/coco 'rows=0 layers,6 layers'",
                 "experiments/deformable_detr/attention.yaml scale=mini seeds=2 jobs=2 schedule.epochs=5",
             ),
             composed=False,

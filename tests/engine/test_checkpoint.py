@@ -70,7 +70,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypat
     monkeypatch.setattr(
         checkpoint, "write_atomically", lambda path, fill: write(path, lambda file: fill(FullDisk(file, room)))
     )
-    with pytest.raises(CheckpointError, match="cannot write .*last.pt: No space left on device; last.pt of before is intact"):
+    with pytest.raises(
+        CheckpointError, match="cannot write .*last.pt: No space left on device; last.pt of before is intact"
+    ):
         checkpoint.save(path, state(step=2))
     assert path.read_bytes() == before
     assert [one.name for one in tmp_path.iterdir()] == ["last.pt"]

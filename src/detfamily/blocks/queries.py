@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from detfamily.blocks.heads import full_precision
 from detfamily.blocks.position import sine_code
+from detfamily.errors import DataError
 from detfamily.structures import Predictions, Queries, Tokens
 
 
@@ -136,11 +137,11 @@ class ProposalQueries(QuerySource):
         """Queries of one group "match" with boxes as references, and what all tokens say: (1, B, S, ...).
 
         Raises:
-            ValueError: fewer tokens than queries.
+            DataError: fewer tokens than queries.
         """
         logits, box_logits = self._score(memory)
         if logits.shape[1] < self.num_queries:
-            raise ValueError(
+            raise DataError(
                 f"num_queries={self.num_queries} proposals are wanted from {logits.shape[1]} tokens: "
                 "use fewer queries, more levels or larger images"
             )

@@ -133,8 +133,8 @@ def naming_lost_workers() -> Iterator[None]:
         if "DataLoader worker" not in str(error):
             raise
         raise LostWorkerError(
-            f"a reading process is gone ({str(error).strip()}): most often memory ran out, the machine's or that of /dev/shm. "
-            "Lower runtime.num_workers; 0 reads in the training process"
+            f"a reading process is gone ({str(error).strip()}): most often memory ran out, the machine's or that of "
+            "/dev/shm. Lower runtime.num_workers; 0 reads in the training process"
         ) from error
 
 

@@ -79,16 +79,6 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         raise CheckpointError(f"cannot write the checkpoint {path}: {reason}{kept}") from error
 
 
-def _reason(error: BaseException) -> str:
-    """What the system said; torch buries it under what it found missing in its archive."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__context__
-    return str(error)
-
-
 def require(path: str | Path) -> Path:
     """The path of a checkpoint that exists.
 
@@ -242,6 +232,16 @@ def _some(what: str, names: list[str], most: int = 8) -> list[str]:
         return []
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return [f"{what}: {', '.join(names[:most])}{rest}"]
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said; torch buries it under what it found missing in its archive."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__context__
+    return str(error)
 
 
 def _nearby(path: Path) -> str:

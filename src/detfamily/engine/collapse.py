@@ -45,6 +45,6 @@ def collapse_words(spread: float, num_queries: int) -> str | None:
         return None
     return (
         f"all {num_queries} queries answer alike: their boxes differ by {100 * spread:.2g} % of the image. That "
-        "is usual at the start, and passes; if it stays, nothing will be found: train longer or with more images per step, "
-        "lower optimizer.lr, and see whether experiment=overfit works on your data"
+        "is usual at the start, and passes; if it stays, nothing will be found: train longer or with more images per "
+        "step, lower optimizer.lr, and see whether experiment=overfit works on your data"
     )

@@ -314,7 +314,8 @@ class Runner:
                 error = one.close()
                 if error is not None:
                     self.problems[one.run.name] = error
-                self.say(f"  {one.run.name}: {'done' if error is None else 'FAILED, ' + error.splitlines()[0]}")
+                failed = "" if one.run.status() == CUT_OFF else "FAILED, "
+                self.say(f"  {one.run.name}: {'done' if error is None else failed + error.splitlines()[0]}")
                 self.ended()
 
     def _stop(self, exit_code: int) -> None:
