@@ -115,7 +115,7 @@ COMMANDS = {
         ),
         Command(
             "convert",
-            "turn an official checkpoint into ours, which evaluate and init_from read, or ours into an official one",
+            "turn an official checkpoint into ours, for evaluate and init_from, or ours into an official one",
             "train",
             "detfamily.convert:convert",
             (

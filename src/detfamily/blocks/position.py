@@ -41,11 +41,13 @@ class SinePosition(nn.Module):
             border), -0.5 in Deformable DETR (its centre).
 
     Raises:
-        ValueError: embed_dim is not a multiple of 4.
+        ValueError: embed_dim is not a multiple of 4; temperature is not above 0.
     """
 
     def __init__(self, embed_dim: int, temperature: float = 10000.0, offset: float = 0.0) -> None:
         super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"position.temperature={temperature}: expected a number above 0")
         if embed_dim % 4:
             raise ValueError(f"a sine position code needs a width that is a multiple of 4, got embed_dim={embed_dim}")
         self.embed_dim = embed_dim

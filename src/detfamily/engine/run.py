@@ -83,6 +83,18 @@ def check_plan(state: dict[str, Any], plan: dict[str, int], source: Path) -> Non
             )
 
 
+def make_folder(folder: Path) -> None:
+    """Make the run folder.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the run folder {folder} cannot be made ({error.strerror}): set output_dir=...") from error
+
+
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     """Store the resolved configuration beside the run's results."""
     write_text_atomically(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))

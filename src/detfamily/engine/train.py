@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -57,12 +57,14 @@ from detfamily.engine.run import (
     frozen_at_random,
     label_words,
     listing,
+    make_folder,
     parameter_words,
     write_config,
 )
 from detfamily.engine.runtime import Runtime, plan, rng_state, seed_all, set_rng_state
 from detfamily.engine.schedule import Schedule
-from detfamily.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from detfamily.errors import CheckpointError, ConfigError, DataError, NonFiniteError, nearest
+from detfamily.evaluation.coco_metrics import Backend
 from detfamily.files import remove_parts
 from detfamily.ops import backends
 from detfamily.structures import Batch, Predictions
@@ -374,7 +376,7 @@ class Trainer:
     def announce(self) -> None:
         """Make the run folder, and say what is going to be done."""
         if self.world.is_main:
-            self.start.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.start.folder)
             remove_parts(self.start.folder)
             write_config(self.start.folder, self.config)
         resumed_at = self.step if self.start.resumed else None
@@ -598,9 +600,14 @@ def _check_settings(cfg: DictConfig) -> None:
     for key, value, least in (
         ("evaluation.every", cfg.evaluation.every, 1),
         ("evaluation.pictures", cfg.evaluation.pictures, 0),
-        ("checkpoint.every", cfg.checkpoint.every or 1, 1),
+        ("checkpoint.every", 1 if cfg.checkpoint.every is None else cfg.checkpoint.every, 1),
         ("checkpoint.every_seconds", cfg.checkpoint.every_seconds, 0),
         ("tracking.log_every", cfg.tracking.log_every, 1),
     ):
         if value < least:
             raise ConfigError(f"{key} is {value}; expected at least {least}")
+    backend, backends_known = cfg.evaluation.backend, get_args(Backend)
+    if backend not in backends_known:
+        raise ConfigError(f"evaluation.backend is {backend!r}: {nearest(str(backend), backends_known)}")
+    if not str(cfg.name) or "/" in str(cfg.name):
+        raise ConfigError(f"name is {cfg.name!r}; expected a name, as the run folder is called after it")
