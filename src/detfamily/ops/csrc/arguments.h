@@ -91,4 +91,35 @@ inline Sizes read_sizes(
   return sizes;
 }
 
+// Sizes of a call in the plain form, all of its arguments checked.
+inline Sizes plain_sizes(
+    const Tensor& value, const std::vector<int64_t>& shapes, const Tensor& locations, const Tensor& weights) {
+  const Sizes sizes = read_sizes(value, shapes, "sampling_locations", locations);
+  const ScalarType type = compute_type(value);
+  check_device("sampling_locations", locations, value);
+  check_device("attention_weights", weights, value);
+  check_type("sampling_locations", locations, type);
+  check_type("attention_weights", weights, type);
+  check_shape("attention_weights", weights, {sizes.batch, sizes.queries, sizes.heads, sizes.levels, sizes.points});
+  return sizes;
+}
+
+// The same in the projected form; references are points or boxes, which their last size says.
+inline Sizes projected_sizes(
+    const Tensor& value, const std::vector<int64_t>& shapes, const Tensor& references, const Tensor& offsets,
+    const Tensor& logits) {
+  const Sizes sizes = read_sizes(value, shapes, "sampling_offsets", offsets);
+  const ScalarType type = compute_type(value);
+  check_device("reference_points", references, value);
+  check_device("sampling_offsets", offsets, value);
+  check_device("attention_logits", logits, value);
+  check_type("reference_points", references, type);
+  check_type("sampling_offsets", offsets, offsets.scalar_type() == value.scalar_type() ? value.scalar_type() : type);
+  check_type("attention_logits", logits, offsets.scalar_type());
+  check_shape("attention_logits", logits, {sizes.batch, sizes.queries, sizes.heads, sizes.levels * sizes.points});
+  const bool boxes = references.dim() == 4 && references.size(3) == 4;
+  check_shape("reference_points", references, {sizes.batch, sizes.queries, sizes.levels, boxes ? 4 : 2});
+  return sizes;
+}
+
 }  // namespace detfamily

@@ -68,32 +68,19 @@ Tensor prepared(const Tensor& tensor, ScalarType type) {
 
 Inputs plain_inputs(
     const Tensor& value, const std::vector<int64_t>& shapes, const Tensor& locations, const Tensor& weights) {
-  const Sizes sizes = read_sizes(value, shapes, "sampling_locations", locations);
+  const Sizes sizes = plain_sizes(value, shapes, locations, weights);
   const ScalarType type = compute_type(value);
-  check_device("sampling_locations", locations, value);
-  check_device("attention_weights", weights, value);
-  check_type("sampling_locations", locations, type);
-  check_type("attention_weights", weights, type);
-  check_shape("attention_weights", weights, {sizes.batch, sizes.queries, sizes.heads, sizes.levels, sizes.points});
   return {Form::plain, sizes, type, prepared(value, type), prepared(locations, type), prepared(weights, type), Tensor()};
 }
 
 Inputs projected_inputs(
     const Tensor& value, const std::vector<int64_t>& shapes, const Tensor& references, const Tensor& offsets,
     const Tensor& logits) {
-  const Sizes sizes = read_sizes(value, shapes, "sampling_offsets", offsets);
+  const Sizes sizes = projected_sizes(value, shapes, references, offsets, logits);
   const ScalarType type = compute_type(value);
-  check_device("reference_points", references, value);
-  check_device("sampling_offsets", offsets, value);
-  check_device("attention_logits", logits, value);
-  check_type("reference_points", references, type);
-  check_type("sampling_offsets", offsets, offsets.scalar_type() == value.scalar_type() ? value.scalar_type() : type);
-  check_type("attention_logits", logits, offsets.scalar_type());
-  check_shape("attention_logits", logits, {sizes.batch, sizes.queries, sizes.heads, sizes.levels * sizes.points});
-  const int64_t dim = references.dim() == 4 ? references.size(3) : 0;
-  check_shape("reference_points", references, {sizes.batch, sizes.queries, sizes.levels, dim == 4 ? 4 : 2});
-  return {dim == 4 ? Form::box : Form::point, sizes, type, prepared(value, type), prepared(offsets, type),
-          prepared(logits, type), prepared(references, type)};
+  const Form form = references.size(3) == 4 ? Form::box : Form::point;
+  return {form, sizes, type, prepared(value, type), prepared(offsets, type), prepared(logits, type),
+          prepared(references, type)};
 }
 
 // Level constants for each point, and the memory that holds them.

@@ -86,33 +86,17 @@ void check_limits(const Sizes& sizes) {
 
 Inputs plain_inputs(
     const Tensor& value, const std::vector<int64_t>& shapes, const Tensor& locations, const Tensor& weights) {
-  const Sizes sizes = read_sizes(value, shapes, "sampling_locations", locations);
-  const ScalarType type = compute_type(value);
+  const Sizes sizes = plain_sizes(value, shapes, locations, weights);
   check_limits(sizes);
-  check_device("sampling_locations", locations, value);
-  check_device("attention_weights", weights, value);
-  check_type("sampling_locations", locations, type);
-  check_type("attention_weights", weights, type);
-  check_shape("attention_weights", weights, {sizes.batch, sizes.queries, sizes.heads, sizes.levels, sizes.points});
-  return {sizes, type, prepared(value), prepared(locations), prepared(weights), Tensor()};
+  return {sizes, compute_type(value), prepared(value), prepared(locations), prepared(weights), Tensor()};
 }
 
 Inputs projected_inputs(
     const Tensor& value, const std::vector<int64_t>& shapes, const Tensor& references, const Tensor& offsets,
     const Tensor& logits) {
-  const Sizes sizes = read_sizes(value, shapes, "sampling_offsets", offsets);
-  const ScalarType type = compute_type(value);
+  const Sizes sizes = projected_sizes(value, shapes, references, offsets, logits);
   check_limits(sizes);
-  check_device("reference_points", references, value);
-  check_device("sampling_offsets", offsets, value);
-  check_device("attention_logits", logits, value);
-  check_type("reference_points", references, type);
-  check_type("sampling_offsets", offsets, offsets.scalar_type() == value.scalar_type() ? value.scalar_type() : type);
-  check_type("attention_logits", logits, offsets.scalar_type());
-  check_shape("attention_logits", logits, {sizes.batch, sizes.queries, sizes.heads, sizes.levels * sizes.points});
-  const bool boxes = references.dim() == 4 && references.size(3) == 4;
-  check_shape("reference_points", references, {sizes.batch, sizes.queries, sizes.levels, boxes ? 4 : 2});
-  return {sizes, type, prepared(value), prepared(offsets), prepared(logits), prepared(references)};
+  return {sizes, compute_type(value), prepared(value), prepared(offsets), prepared(logits), prepared(references)};
 }
 
 cuda::Problem problem_of(const Sizes& sizes) {
