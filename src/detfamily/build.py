@@ -14,7 +14,7 @@ from detfamily.blocks.postprocess import SoftmaxScores
 from detfamily.config import build
 from detfamily.criterion import Criterion
 from detfamily.detector import Detector
-from detfamily.errors import ConfigError
+from detfamily.errors import ConfigError, require_at_least
 
 
 def build_detector(
@@ -75,9 +75,9 @@ def check_composition(cfg: DictConfig) -> None:
     Raises:
         ConfigError: with the reason and what to override.
     """
-    for key in ("model.embed_dim", "model.num_heads", "model.ffn_dim", "model.num_queries"):
-        _require_at_least(cfg, key, 1)
-    _require_at_least(cfg, "encoder.num_layers", 0)
+    for name in ("embed_dim", "num_heads", "ffn_dim", "num_queries"):
+        require_at_least(1, f"model.{name}", cfg.model[name])
+    require_at_least(0, "encoder.num_layers", cfg.encoder.num_layers)
     softmax_head = cfg.classification.head._target_.endswith("SoftmaxClassHead")
     softmax_scores = cfg.postprocess.scores._target_.endswith(SoftmaxScores.__name__)
     if softmax_head != softmax_scores:
@@ -90,12 +90,6 @@ def check_composition(cfg: DictConfig) -> None:
             f"postprocess.layer={cfg.postprocess.layer} evaluates a decoder layer that criterion.aux_loss=false leaves "
             "untrained: use aux_loss=true, or the last layer"
         )
-
-
-def _require_at_least(cfg: DictConfig, key: str, least: int) -> None:
-    value = OmegaConf.select(cfg, key)
-    if isinstance(value, int) and value < least:
-        raise ConfigError(f"{key} is {value}; expected at least {least}")
 
 
 def check_blocks(detector: Detector) -> None:

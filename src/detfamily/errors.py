@@ -41,6 +41,22 @@ class ElsewhereError(DetfamilyError):
     """What ended this process happened in another one, which says it: this one stays silent on the command line."""
 
 
+def require_at_least(least: int, key: str, value: float, why: str = "") -> None:
+    """Refuse a setting that is too small.
+
+    Args:
+        least: the smallest value that is allowed.
+        key: of the setting, as people write it.
+        value: what was given.
+        why: said in brackets, where it is not plain.
+
+    Raises:
+        ConfigError: the value is smaller.
+    """
+    if value < least:
+        raise ConfigError(f"{key} is {value}; expected at least {least}" + (f" ({why})" if why else ""))
+
+
 def nearest(word: str, options: Iterable[str], most: int = 3) -> str:
     """Say which of the options the word may have meant: "did you mean 'a' or 'b'?", else the list of all options.
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from detfamily.engine.schedule import Schedule
-from detfamily.errors import ConfigError, nearest
+from detfamily.errors import ConfigError, nearest, require_at_least
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -68,8 +68,8 @@ class Runtime:
                 raise ConfigError(f"runtime.{name}={value!r} does not exist; {nearest(str(value), options)}")
         for name, least in (("batch_size_per_device", 1), ("num_workers", 0), ("threads", 1)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"runtime.{name} is {value}; expected at least {least}")
+            if value is not None:
+                require_at_least(least, f"runtime.{name}", value)
 
     @property
     def device_type(self) -> str:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from detfamily.errors import ConfigError
+from detfamily.errors import ConfigError, require_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +34,12 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "total_batch_size"):
-            _at_least(1, name, getattr(self, name))
+            require_at_least(1, f"schedule.{name}", getattr(self, name))
         if self.images_per_epoch is not None:
-            _at_least(self.total_batch_size, "images_per_epoch", self.images_per_epoch, "one step needs that many")
+            key, why = "schedule.images_per_epoch", "one step needs that many"
+            require_at_least(self.total_batch_size, key, self.images_per_epoch, why)
         if self.warmup_steps is not None:
-            _at_least(0, "warmup_steps", self.warmup_steps)
+            require_at_least(0, "schedule.warmup_steps", self.warmup_steps)
 
     def factor(self, step: int, steps_per_epoch: int, total_steps: int) -> float:
         """The multiplier of the base learning rate at an optimiser step.
@@ -143,8 +144,3 @@ class CosineSchedule(Schedule):
 
 def _warmup_words(length: int) -> str:
     return f" after {length} steps of warm-up" if length else ""
-
-
-def _at_least(least: int, name: str, value: int, why: str = "") -> None:
-    if value < least:
-        raise ConfigError(f"schedule.{name} is {value}; expected at least {least}" + (f" ({why})" if why else ""))

@@ -63,7 +63,7 @@ from detfamily.engine.run import (
 )
 from detfamily.engine.runtime import Runtime, plan, rng_state, seed_all, set_rng_state
 from detfamily.engine.schedule import Schedule
-from detfamily.errors import CheckpointError, ConfigError, DataError, NonFiniteError, nearest
+from detfamily.errors import CheckpointError, ConfigError, DataError, NonFiniteError, nearest, require_at_least
 from detfamily.evaluation.coco_metrics import Backend
 from detfamily.files import remove_parts
 from detfamily.ops import backends
@@ -604,8 +604,7 @@ def _check_settings(cfg: DictConfig) -> None:
         ("checkpoint.every_seconds", cfg.checkpoint.every_seconds, 0),
         ("tracking.log_every", cfg.tracking.log_every, 1),
     ):
-        if value < least:
-            raise ConfigError(f"{key} is {value}; expected at least {least}")
+        require_at_least(least, key, value)
     backend, backends_known = cfg.evaluation.backend, get_args(Backend)
     if backend not in backends_known:
         raise ConfigError(f"evaluation.backend is {backend!r}: {nearest(str(backend), backends_known)}")
