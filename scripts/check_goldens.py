@@ -10,8 +10,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from pathlib import Path
+
+# Before torch loads: MKL then rounds alike on every CPU. Its code for new ones is no nearer to exact sums, and where a
+# case makes much of rounding (scores of attention in the tens), results should not hang on the machine.
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 from rich.console import Console
 

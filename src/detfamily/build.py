@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from detfamily.attention import DenseAttention
 from detfamily.blocks.decoder import Decoder
-from detfamily.blocks.position import Nowhere
+from detfamily.blocks.encoder import Encoder
+from detfamily.blocks.position import AtAttention, Nowhere
 from detfamily.blocks.postprocess import SoftmaxScores
+from detfamily.blocks.queries import ProposalQueries, QuerySource
 from detfamily.config import build
 from detfamily.criterion import Criterion
 from detfamily.detector import Detector
@@ -85,6 +88,13 @@ def check_composition(cfg: DictConfig) -> None:
             "postprocess.scores and classification.head disagree about the 'no object' column: "
             "choose both with classification=softmax or classification=focal"
         )
+    if cfg.query_scale is not None and "scale" not in cfg.query_position:
+        raise ConfigError(
+            "query_scale is for query_position=center and query_position=anchor, and nothing reads it here: add "
+            "query_scale=none"
+        )
+    if cfg.model.indicator and cfg.denoising is None:
+        raise ConfigError("model.indicator is set by denoising=dn and has no meaning without it: leave it out")
     if cfg.criterion.aux_loss is False and cfg.postprocess.layer not in (-1, cfg.decoder.num_layers - 1):
         raise ConfigError(
             f"postprocess.layer={cfg.postprocess.layer} evaluates a decoder layer that criterion.aux_loss=false leaves "
@@ -98,24 +108,54 @@ def check_blocks(detector: Detector) -> None:
     Raises:
         ConfigError: with the reason and what to override.
     """
-    dim, decoder = detector.query_source.reference_dim, detector.decoder
-    if dim == 4 and not decoder.refine:
+    source, decoder = detector.query_source, detector.decoder
+    if isinstance(source, ProposalQueries) and not decoder.refine:
         raise ConfigError(
             "query_source=proposals starts from the encoder's boxes, and decoder=plain never updates boxes (its "
             "layers would all answer relative to the raw proposals): two stages need decoder=refine"
         )
-    if dim is None:
+    if source.reference_dim is None:
         for name, attentions in _attentions(decoder):
             if any(getattr(module, "needs_reference_points", False) for module in attentions):
                 raise ConfigError(
                     f"{name}=ms_deform samples around reference points, and this query source has none: use "
                     "query_source=learned_points, or query_source=proposals with decoder=refine"
                 )
+    _check_query_position(source, decoder)
+    if decoder.reads_sine and not isinstance(detector.memory_position, AtAttention):
+        raise ConfigError(
+            "cross_attention=conditional compares places with the memory's positions: memory_position=at_attention"
+        )
+    encoder = cast("Encoder", detector.encoder)
+    if encoder.pos_scale is not None and (not encoder.layers or not isinstance(detector.encoder_position, AtAttention)):
+        raise ConfigError(
+            "encoder.pos_scale multiplies positions that no encoder layer reads here: add encoder.pos_scale=null"
+        )
     lost = isinstance(detector.encoder_position, Nowhere) and not isinstance(detector.level_embed, nn.Identity)
     if lost and not any(isinstance(one, DenseAttention) for _, found in _attentions(decoder)[1:] for one in found):
         raise ConfigError(
             "encoder_position=none leaves the level embedding without a reader (deformable cross-attention adds no "
             "positions to what it samples): add level_embed=none"
+        )
+
+
+def _check_query_position(source: QuerySource, decoder: Decoder) -> None:
+    position, given = decoder.query_position, source.reference_dim or 0
+    if given < position.needs_reference:
+        needed = "boxes" if position.needs_reference == 4 else "points or boxes"
+        raise ConfigError(
+            f"query_position={'center' if position.reads_pos else 'anchor'} makes codes of {needed}, and this query "
+            "source has none: use query_source=anchors (or content_anchors), or query_position=fixed"
+        )
+    if not position.reads_pos and source.has_pos and not isinstance(source, ProposalQueries):
+        raise ConfigError(
+            "query_position=anchor makes positions of references alone, so those that this query source learns have no "
+            "reader: use query_source=anchors (or content_anchors), or query_position=fixed"
+        )
+    if position.reads_pos and not source.has_pos and not source.has_content:
+        raise ConfigError(
+            "query_position=fixed adds positions that this query source does not have, so all queries would be equal: "
+            "use query_position=anchor"
         )
 
 

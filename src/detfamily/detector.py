@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from detfamily.blocks.decoder import Decoder
+from detfamily.blocks.denoising import Denoising
 from detfamily.blocks.heads import Heads
 from detfamily.blocks.queries import QuerySource
 from detfamily.blocks.tokens import flatten, flatten_maps, resize_mask
-from detfamily.structures import Images, Predictions, Tokens
+from detfamily.structures import Given, Images, Predictions, Targets, Tokens
 
 
 class Detector(nn.Module):
-    """Pixels -> backbone -> neck -> encoder -> queries -> decoder -> heads.
+    """Pixels -> backbone -> neck -> encoder -> queries -> (denoising) -> decoder -> heads.
 
     Args:
         normalize: from uint8 pixels to the backbone's input.
@@ -28,6 +29,8 @@ class Detector(nn.Module):
         encoder: tokens -> tokens.
         memory_position: how positions enter what the decoder reads.
         query_source: memory -> queries, and what proposals say.
+        patterns: queries -> queries, several at each place.
+        denoising: factory of what adds noised copies of the targets to the queries, in training; None for no copies.
         decoder: the decoder loop.
         heads: class and box heads of the decoder layers.
 
@@ -46,6 +49,8 @@ class Detector(nn.Module):
         encoder: nn.Module,
         memory_position: nn.Module,
         query_source: QuerySource,
+        patterns: nn.Module,
+        denoising: Callable[..., Denoising] | None,
         decoder: Decoder,
         heads: Heads,
     ) -> None:
@@ -59,22 +64,47 @@ class Detector(nn.Module):
         self.encoder = encoder
         self.memory_position = memory_position
         self.query_source = query_source
+        self.patterns = patterns
+        self.denoising = None
+        if denoising is not None:
+            self.denoising = denoising(
+                fills_content=not query_source.has_content,
+                needs_pos=query_source.has_pos and decoder.query_position.reads_pos,
+                reference_dim=query_source.reference_dim,
+            )
         self.decoder = decoder
         self.heads = heads
 
-    def forward(self, images: Images) -> dict[str, Predictions]:
+    def forward(self, images: Images, targets: Targets | None = None) -> dict[str, Predictions]:
         """What each group of queries says.
 
         Args:
             images: a batch; uint8 pixels are normalised here, float pixels are taken as normalised.
+            targets: its objects, for denoising in training; nothing else reads them.
 
         Returns:
-            "match": all decoder layers, (D, B, N, ...); with two stages also "proposals": all tokens, (1, B, S, ...).
+            "match": all decoder layers, (D, B, N, ...); with two stages also "proposals": all tokens, (1, B, S, ...);
+            with denoising in training also "denoise": the noised copies, (D, B, G * T, ...).
+
+        Raises:
+            ValueError: denoising in training without targets.
         """
         memory = self.encode(images)
         queries, proposals = self.query_source(memory)
+        queries = self.patterns(queries)
+        given: dict[str, Given | None] = {}
+        if self.denoising is not None:
+            if self.training and targets is None:
+                raise ValueError(
+                    "denoising needs the targets in training: detector(images, targets), or detector.eval()"
+                )
+            queries, given["denoise"] = self.denoising(queries, targets if self.training else None)
         hidden, references = self.decoder(queries, memory, self.heads)
-        predictions = {"match": self.heads(hidden, references)}
+        everything = self.heads(hidden, references)
+        predictions = {
+            name: Predictions(everything.logits[:, :, one], everything.boxes[:, :, one], given.get(name))
+            for name, one in queries.groups.items()
+        }
         if proposals is not None:
             predictions["proposals"] = proposals
         return predictions

@@ -97,7 +97,7 @@ class Targets:
     @property
     def valid(self) -> Tensor:
         """(B, T) bool, True where a target is real."""
-        counts = torch.tensor(self.counts, device=self.labels.device)
+        counts = torch.tensor(self.counts).to(self.labels.device, non_blocking=True)  # or it would wait for the device
         return torch.arange(self.labels.shape[1], device=self.labels.device)[None] < counts[:, None]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
@@ -166,12 +166,34 @@ class Queries(Tokens):
     """Object queries, possibly several groups of them side by side.
 
     Attributes:
+        sine: (B, N, C) code of the place where a query looks, which some cross-attentions compare with the positions of
+            the memory on its own, beside the content; None where no attention reads it.
         attention_mask: (N, N) bool, True where a query (row) may not look at another (column), or None.
         groups: name -> slice of the N queries; each group has its own rule of assignment in the criterion.
     """
 
+    sine: Tensor | None = None
     attention_mask: Tensor | None = None
     groups: dict[str, slice] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the queries of a group are to answer, where that is known beforehand: noised copies of objects.
+
+    Attributes:
+        targets: with T = N, the object of every query; those of unused queries hold anything.
+        matched: (B, N) bool, True where a query answers for an object.
+        counted: (B, N) bool, True where a query takes part in the class loss; the others are no one's.
+        copies: queries that answer for each object; losses are divided by it.
+        limit: objects of an image that are answered for, at most: the same in all batches of a step.
+    """
+
+    targets: Targets
+    matched: Tensor
+    counted: Tensor
+    copies: int
+    limit: int
 
 
 @dataclass(frozen=True)
@@ -181,10 +203,12 @@ class Predictions:
     Attributes:
         logits: (D, B, N, K).
         boxes: (D, B, N, 4) cx, cy, w, h in (0, 1).
+        given: what they are to answer; None where that is decided by matching.
     """
 
     logits: Tensor
     boxes: Tensor
+    given: Given | None = None
 
 
 @dataclass(frozen=True)

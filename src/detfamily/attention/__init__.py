@@ -3,9 +3,26 @@
 Every attention is called as ``attention(query: Tokens, source: Tokens, attention_mask=None) -> (B, N, C)``: for each
 token of ``query``, what it reads from ``source``. In an encoder both are the tokens of the feature maps, in a decoder's
 self-attention both are the object queries, in its cross-attention the queries read from the maps.
+
+A cross-attention with ``reads_sine = True`` compares the queries' ``sine`` code; ``needs_reference_points = True`` says
+that it samples around their references.
 """
 
+from detfamily.attention.conditional import (
+    ConditionalAttention,
+    LevelConditionalAttention,
+    RescaledSine,
+    SplitDenseAttention,
+)
 from detfamily.attention.dense import DenseAttention
 from detfamily.attention.ms_deform import MSDeformAttention, OwnLevelDeformAttention
 
-__all__ = ["DenseAttention", "MSDeformAttention", "OwnLevelDeformAttention"]
+__all__ = [
+    "ConditionalAttention",
+    "DenseAttention",
+    "LevelConditionalAttention",
+    "MSDeformAttention",
+    "OwnLevelDeformAttention",
+    "RescaledSine",
+    "SplitDenseAttention",
+]

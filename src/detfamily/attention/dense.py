@@ -37,7 +37,7 @@ class DenseAttention(nn.Module):
         """(B, N, C); attention_mask (N, N') is True where a query may not look."""
         q, k, v = (self._split_heads(x) for x in self._project(query, source))
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=_allowed(source, attention_mask), dropout_p=self.dropout if self.training else 0.0
+            q, k, v, attn_mask=allowed(source, attention_mask), dropout_p=self.dropout if self.training else 0.0
         )
         projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return projected
@@ -56,7 +56,7 @@ class DenseAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
-def _allowed(source: Tokens, attention_mask: Tensor | None) -> Tensor | None:
+def allowed(source: Tokens, attention_mask: Tensor | None) -> Tensor | None:
     """Our masks are True where hidden; PyTorch's attention wants True where visible."""
     padding = source.grid.padding_mask if source.grid is not None else None
     allowed = None if padding is None else ~padding[:, None, None, :]

@@ -50,15 +50,23 @@ class Encoder(nn.Module):
         layer: factory of one layer.
         num_layers: how many.
         norm: what the last layer's output goes through; a LayerNorm where layers are pre-norm.
+        pos_scale: (B, S, C) -> (B, S, C), from a layer's input what its positions are multiplied by (DAB-DETR's
+            official code); None leaves them as they are.
     """
 
-    def __init__(self, layer: Callable[[], nn.Module], num_layers: int, norm: nn.Module) -> None:
+    def __init__(
+        self, layer: Callable[[], nn.Module], num_layers: int, norm: nn.Module, pos_scale: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layer() for _ in range(num_layers))
         self.norm = norm
+        self.pos_scale = pos_scale
 
     def forward(self, tokens: Tokens) -> Tokens:
         """Tokens -> Tokens with new content; positions and geometry stay."""
+        pos = tokens.pos
         for layer in self.layers:
-            tokens = replace(tokens, content=layer(tokens))
+            if self.pos_scale is not None and pos is not None:
+                tokens = replace(tokens, pos=pos * self.pos_scale(tokens.content))
+            tokens = replace(tokens, content=layer(tokens), pos=pos)
         return replace(tokens, content=self.norm(tokens.content))

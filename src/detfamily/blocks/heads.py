@@ -99,8 +99,7 @@ class Heads(nn.Module):
         boxes = [apply_delta(delta, ref, self.eps) for delta, ref in zip(deltas, references, strict=True)]
         return Predictions(full_precision(logits), torch.stack(boxes))
 
-    @torch.no_grad()
     def refine(self, index: int, content: Tensor, reference_points: Tensor | None) -> Tensor:
-        """(B, N, 4), the boxes that a layer's content says, without a gradient."""
+        """(B, N, 4), the boxes that a layer's content says."""
         head = self.box_heads[0 if self.shared else index]
         return apply_delta(full_precision(head(content)), reference_points, self.eps)

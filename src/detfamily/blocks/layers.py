@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -85,12 +86,23 @@ class FeedForward(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them, none at the end."""
+    """Linear layers with ReLU between them, none at the end.
 
-    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int) -> None:
+    Args:
+        in_dim: width in.
+        hidden_dim: width between.
+        out_dim: width out.
+        num_layers: linear layers.
+        xavier: start with Xavier's uniform weights, as officially all that is part of a transformer.
+    """
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int, xavier: bool = False) -> None:
         super().__init__()
         widths = [in_dim, *[hidden_dim] * (num_layers - 1), out_dim]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        if xavier:
+            for layer in self.layers:
+                nn.init.xavier_uniform_(cast("nn.Linear", layer).weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_dim) -> (..., out_dim)"""

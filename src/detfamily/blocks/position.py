@@ -37,21 +37,25 @@ class SinePosition(nn.Module):
     Args:
         embed_dim: the width C; a multiple of 4.
         temperature: 10000, or 20 in DAB-DETR and DINO.
+        temperature_x: of the columns, where it is another one than that of the rows; None for the same.
         offset: added to the 1-based row and column before the division by their number: 0 in DETR (a cell's far
             border), -0.5 in Deformable DETR (its centre).
 
     Raises:
-        ValueError: embed_dim is not a multiple of 4; temperature is not above 0.
+        ValueError: embed_dim is not a multiple of 4; a temperature is not above 0.
     """
 
-    def __init__(self, embed_dim: int, temperature: float = 10000.0, offset: float = 0.0) -> None:
+    def __init__(
+        self, embed_dim: int, temperature: float = 10000.0, offset: float = 0.0, temperature_x: float | None = None
+    ) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"position.temperature={temperature}: expected a number above 0")
+        for name, one in (("temperature", temperature), ("temperature_x", temperature_x)):
+            if one is not None and one <= 0:
+                raise ValueError(f"position.{name}={one}: expected a number above 0")
         if embed_dim % 4:
             raise ValueError(f"a sine position code needs a width that is a multiple of 4, got embed_dim={embed_dim}")
         self.embed_dim = embed_dim
-        self.temperature = temperature
+        self.temperatures = (temperature, temperature if temperature_x is None else temperature_x)
         self.offset = offset
 
     def forward(self, masks: Sequence[Tensor]) -> list[Tensor]:
@@ -60,10 +64,10 @@ class SinePosition(nn.Module):
 
     def _code(self, mask: Tensor) -> Tensor:
         codes = []
-        for axis in (1, 2):
+        for axis, temperature in zip((1, 2), self.temperatures, strict=True):
             count = (~mask).cumsum(axis, dtype=torch.float32)
             share = (count + self.offset) / (count.narrow(axis, -1, 1) if count.shape[axis] else count).add(1e-6)
-            codes.append(sine_code(share * (2 * math.pi), self.embed_dim // 2, self.temperature))
+            codes.append(sine_code(share * (2 * math.pi), self.embed_dim // 2, temperature))
         return torch.cat(codes, -1).permute(0, 3, 1, 2)
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detfamily.blocks.heads import full_precision
@@ -23,56 +25,71 @@ class QuerySource(nn.Module):
     Attributes:
         num_queries: N.
         reference_dim: 2 for points, 4 for boxes, None where its queries look from nowhere.
+        has_pos: whether its queries have position vectors.
+        has_content: whether their content is anything but zero.
     """
 
     num_queries: int
     reference_dim: int | None
+    has_pos: bool
+    has_content: bool
 
 
 class LearnedQueries(QuerySource):
     """Queries that are parameters, the same for every image.
 
     DETR learns positions and starts with zero content; Deformable DETR learns both, and reads a reference point from
-    the position.
+    the position; DAB-DETR learns references alone.
 
     Args:
         num_queries: N.
         embed_dim: the width C.
-        learn_pos: learn a position vector for each query; without it no attention adds anything to the content.
+        learn_pos: learn a position vector for each query.
         learn_content: learn the initial content; without it the content starts at zero.
-        has_reference: predict a reference point from the position with a linear layer.
+        reference: factory of what gives references, called with the positions; None where queries look from nowhere.
+        indicator: leave the content's last channel at zero: denoising marks its copies there (``Denoising``).
 
     Raises:
-        ValueError: neither is learned, or a reference is wanted without positions.
+        ValueError: nothing that is learned tells queries apart, or references are wanted from positions that are not
+            there.
     """
 
     def __init__(
-        self, num_queries: int, embed_dim: int, learn_pos: bool, learn_content: bool, has_reference: bool
+        self,
+        num_queries: int,
+        embed_dim: int,
+        learn_pos: bool,
+        learn_content: bool,
+        reference: Callable[..., nn.Module] | None = None,
+        indicator: bool = False,
     ) -> None:
         super().__init__()
-        if not (learn_pos or learn_content):
-            raise ValueError("query_source: learn_pos=false and learn_content=false would make all queries equal")
-        if has_reference and not learn_pos:
-            raise ValueError("query_source: has_reference=true reads the reference from the position: learn_pos=true")
         self.num_queries = num_queries
         self.embed_dim = embed_dim
-        self.reference_dim = 2 if has_reference else None
+        self.has_pos = learn_pos
+        self.has_content = learn_content
         self.pos = nn.Parameter(torch.randn(num_queries, embed_dim)) if learn_pos else None
-        self.content = nn.Parameter(torch.randn(num_queries, embed_dim)) if learn_content else None
-        self.reference_head = nn.Linear(embed_dim, 2) if has_reference else None
-        if self.reference_head is not None:
-            nn.init.xavier_uniform_(self.reference_head.weight)
-            nn.init.zeros_(self.reference_head.bias)
+        width = embed_dim - 1 if indicator else embed_dim
+        self.content = nn.Parameter(torch.randn(num_queries, width)) if learn_content else None
+        self.reference = reference(num_queries=num_queries) if reference is not None else None
+        self.reference_dim = None if self.reference is None else cast("int", self.reference.dim)
+        self._check()
+
+    def _check(self) -> None:
+        if self.pos is None and self.reference is not None and self.reference.needs_pos:
+            raise ValueError("query_source.reference is read from the position: learn_pos=true")
+        if self.pos is None and self.content is None and (self.reference is None or not self.reference.differs):
+            raise ValueError("query_source: learn_pos=false and learn_content=false would make all queries equal")
 
     def forward(self, memory: Tokens) -> tuple[Queries, None]:
-        """Queries of one group "match"; reference points (B, N, 2)."""
+        """Queries of one group "match"; reference points (B, N, R)."""
         batch = memory.content.shape[0]
-        zeros = memory.content.new_zeros(self.num_queries, self.embed_dim)
-        reference = None
-        if self.reference_head is not None:
-            reference = full_precision(self.reference_head(self.pos)).sigmoid().expand(batch, -1, -1)
+        content = memory.content.new_zeros(self.num_queries, self.embed_dim)
+        if self.content is not None:
+            content = F.pad(self.content, (0, self.embed_dim - self.content.shape[-1]))
+        reference = None if self.reference is None else self.reference(self.pos).expand(batch, -1, -1)
         queries = Queries(
-            content=(zeros if self.content is None else self.content).expand(batch, -1, -1),
+            content=content.expand(batch, -1, -1),
             pos=None if self.pos is None else self.pos.expand(batch, -1, -1),
             reference_points=reference,
             groups={"match": slice(0, self.num_queries)},
@@ -122,6 +139,7 @@ class ProposalQueries(QuerySource):
         self.num_queries = num_queries
         self.embed_dim = embed_dim
         self.reference_dim = 4
+        self.has_pos = self.has_content = True
         self.memory_proj = nn.Linear(embed_dim, embed_dim)
         self.memory_norm = nn.LayerNorm(embed_dim)
         self.class_head = class_head()

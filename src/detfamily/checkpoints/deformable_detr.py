@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from detfamily.blocks.queries import ProposalQueries
 from detfamily.checkpoints import detr
 from detfamily.checkpoints.adapter import Adapter, Join, Rename, Rule
 from detfamily.checkpoints.detr import BACKBONE, FFN, POSITION, dense
@@ -22,7 +23,7 @@ _ENCODER, _DECODER = "transformer.encoder.layers.{n}.", "transformer.decoder.lay
 def adapter(detector: Detector) -> Adapter:
     """Rules for the heads and queries that this detector has."""
     num_layers = len(detector.decoder.layers)
-    two_stage = detector.query_source.reference_dim == 4
+    two_stage = isinstance(detector.query_source, ProposalQueries)
     return Adapter([*_heads(num_layers, detector.heads.shared, detector.decoder.refine, two_stage), *_blocks()])
 
 
@@ -61,7 +62,7 @@ def _blocks() -> list[Rule]:
         Rename("decoder.layers.{n}.cross_attention_residual.norm.{rest}", (_DECODER + "norm1.{rest}",)),
         Rename("decoder.layers.{n}.self_attention_residual.norm.{rest}", (_DECODER + "norm2.{rest}",)),
         Join(("query_source.pos", "query_source.content"), "query_embed.weight", dim=1),
-        Rename("query_source.reference_head.{rest}", ("transformer.reference_points.{rest}",)),
+        Rename("query_source.reference.{rest}", ("transformer.reference_points.{rest}",)),
         Rename("query_source.memory_proj.{rest}", ("transformer.enc_output.{rest}",)),
         Rename("query_source.memory_norm.{rest}", ("transformer.enc_output_norm.{rest}",)),
         Rename("query_source.pos_proj.{rest}", ("transformer.pos_trans.{rest}",)),
@@ -167,5 +168,5 @@ def settings(config: Mapping[str, Any], detector: Detector) -> dict[str, Any]:
         "enc_n_points": config["encoder_attention"].get("num_points", 0),
         "dec_n_points": config["cross_attention"].get("num_points", 0),
         "with_box_refine": detector.decoder.refine,
-        "two_stage": detector.query_source.reference_dim == 4,
+        "two_stage": isinstance(detector.query_source, ProposalQueries),
     }

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from detfamily.checkpoints import deformable_detr, detr
+from detfamily.checkpoints import conditional_detr, dab_deformable_detr, dab_detr, deformable_detr, detr
 from detfamily.checkpoints.adapter import Adapter, listed
 from detfamily.checkpoints.variant import Evidence, Variant
 from detfamily.detector import Detector
@@ -47,6 +47,39 @@ UPSTREAMS: dict[str, Upstream] = {
         deformable_detr.adapter,
         deformable_detr.variant,
         deformable_detr.settings,
+        False,
+        "class_embed.0.weight",
+    ),
+    "conditional_detr": Upstream(
+        "Atten4Vis/ConditionalDETR",
+        ("TODO",),
+        conditional_detr.adapter,
+        detr.variant,
+        detr.settings,
+        False,
+        "class_embed.weight",
+    ),
+    "dab_detr": Upstream(
+        "IDEA-Research/DAB-DETR", ("TODO",), dab_detr.adapter, detr.variant, detr.settings, False, "class_embed.weight"
+    ),
+    "dn_detr": Upstream(
+        "IDEA-Research/DN-DETR", ("TODO",), dab_detr.adapter, detr.variant, detr.settings, False, "class_embed.weight"
+    ),
+    "dab_deformable_detr": Upstream(
+        "IDEA-Research/DAB-DETR",
+        ("TODO",),
+        dab_deformable_detr.adapter,
+        detr.variant,
+        detr.settings,
+        False,
+        "class_embed.0.weight",
+    ),
+    "dn_deformable_detr": Upstream(
+        "IDEA-Research/DN-DETR",
+        ("TODO",),
+        dab_deformable_detr.adapter,
+        detr.variant,
+        detr.settings,
         False,
         "class_embed.0.weight",
     ),

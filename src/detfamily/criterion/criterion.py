@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from detfamily.criterion.losses import Normalizer
 from detfamily.criterion.matcher import Assignment, Matcher, assign
-from detfamily.criterion.rules import Hungarian
+from detfamily.criterion.rules import Rule
 from detfamily.errors import nearest
 from detfamily.structures import Predictions, Targets
 
@@ -54,7 +54,7 @@ class Criterion(nn.Module):
         matcher: Matcher,
         losses: Mapping[str, nn.Module],
         weights: Mapping[str, float],
-        groups: Mapping[str, Hungarian],
+        groups: Mapping[str, Rule],
         aux_loss: bool = True,
     ) -> None:
         super().__init__()
@@ -66,6 +66,10 @@ class Criterion(nn.Module):
                 raise ValueError(f"criterion.losses.{name} has no weight: pass criterion.weights.{name}")
         if not any(weights.values()):
             raise ValueError("criterion.weights are all zero: nothing would be trained")
+        for group, rule in groups.items():
+            for name in rule.left_out:
+                if name not in losses:
+                    raise ValueError(f"criterion.groups.{group}.left_out: no loss {name!r}; {nearest(name, losses)}")
         self.matcher = matcher
         self.losses = nn.ModuleDict({name: loss for name, loss in losses.items() if weights[name]})
         self.weights = dict(weights)
@@ -95,25 +99,38 @@ class Criterion(nn.Module):
             counts = torch.tensor(targets.counts, dtype=torch.float32, device=targets.boxes.device)
             normalizer = Normalizer(counts)
         layers = {name: self._layers(group) for name, group in predictions.items()}
-        wanted = {name: self._rule(name).targets(targets) for name in predictions}
-        costs = {name: self.matcher.cost(layers[name], wanted[name]) for name in layers}
+        wanted = {name: self._rule(name).targets(targets, group) for name, group in predictions.items()}
+        open_to_all = [name for name, group in layers.items() if group.given is None]
+        costs = {name: self.matcher.cost(layers[name], wanted[name]) for name in open_to_all}
         assignments, rode = assign(costs, wanted, ride)
+        assignments |= {name: _own(group) for name, group in layers.items() if group.given is not None}
         total = next(iter(layers.values())).logits.new_zeros(())
         parts: dict[str, Tensor] = {}
         for name, group in layers.items():
-            first = len(predictions[name].logits) - len(group.logits)
+            first, rule = len(predictions[name].logits) - len(group.logits), self._rule(name)
+            divisor = normalizer.of(group)
             for loss_name, loss in self.losses.items():
-                values: Tensor = loss(group, wanted[name], assignments[name], normalizer)
-                weight = self._rule(name).weight * self.weights[loss_name]
+                if loss_name in rule.left_out:
+                    continue
+                values: Tensor = loss(group, wanted[name], assignments[name], divisor)
+                weight = rule.weight * self.weights[loss_name]
                 total = total + weight * values.sum() if weight else total
                 for layer, value in enumerate(values.detach(), start=first):
                     parts[f"{name}/{layer}/{loss_name}"] = value
         return Losses(total, parts, assignments, rode)
 
     def _layers(self, group: Predictions) -> Predictions:
-        return group if self.aux_loss else Predictions(group.logits[-1:], group.boxes[-1:])
+        return group if self.aux_loss else replace(group, logits=group.logits[-1:], boxes=group.boxes[-1:])
 
-    def _rule(self, name: str) -> Hungarian:
+    def _rule(self, name: str) -> Rule:
         if name not in self.groups:
             raise ValueError(f"the detector predicts a group {name!r}, and criterion.groups has only {[*self.groups]}")
         return self.groups[name]
+
+
+def _own(group: Predictions) -> Assignment:
+    """Every query its own target."""
+    assert group.given is not None
+    depth, batch, count = group.logits.shape[:3]
+    query = torch.arange(count, device=group.logits.device).expand(depth, batch, count)
+    return Assignment(query, group.given.matched.expand(depth, batch, count))

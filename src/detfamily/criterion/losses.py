@@ -6,7 +6,7 @@ per layer, (D,).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,17 +24,31 @@ class Normalizer:
     Attributes:
         counts: (I,) float, the number of objects of every image of the step: all ranks, all micro-batches.
         world_size: processes whose gradients are averaged.
+        copies: queries that answer for each object.
     """
 
     counts: Tensor
     world_size: int = 1
+    copies: int = 1
+
+    def of(self, group: Predictions) -> Normalizer:
+        """The one of a group of predictions: copies of objects are counted as often as they answer."""
+        if group.given is None:
+            return self
+        return replace(self, counts=self.counts.clamp(max=group.given.limit), copies=group.given.copies)
 
     def num_boxes(self) -> Tensor:
-        """Objects per process, 1 at least."""
-        return (self.counts.sum() / self.world_size).clamp(min=1)
+        """Objects that are answered for per process, 1 of them at least."""
+        return (self.counts.sum() / self.world_size).clamp(min=1) * self.copies
 
-    def num_matched(self, num_queries: int) -> tuple[Tensor, Tensor]:
-        """Queries per process that are and that are not matched, known before any matching."""
+    def num_matched(self, group: Predictions) -> tuple[Tensor, Tensor]:
+        """Queries per process that are and that are not matched, known before any matching.
+
+        Where it is given who answers for what, the unmatched ones are those of this process.
+        """
+        if group.given is not None:
+            return self.num_boxes(), (group.given.counted & ~group.given.matched).sum()
+        num_queries = group.logits.shape[2]
         matched = self.counts.clamp(max=num_queries).sum()
         everything = self.counts.numel() * num_queries
         return matched / self.world_size, (everything - matched) / self.world_size
@@ -64,8 +78,8 @@ class SoftmaxClassLoss(nn.Module):
         empty = self.no_object_weight * minus_log[..., -1]
         wrongly_empty = assignment.gather(empty[..., None])[..., 0]
         of_class = _of_targets(minus_log, targets, assignment)
-        total = empty.sum((1, 2)) + _sum(of_class - wrongly_empty, assignment)
-        matched, unmatched = (count.to(total.dtype) for count in normalizer.num_matched(minus_log.shape[2]))
+        total = _counted(empty, predictions).sum((1, 2)) + _sum(of_class - wrongly_empty, assignment)
+        matched, unmatched = (count.to(total.dtype) for count in normalizer.num_matched(predictions))
         return total / (matched + self.no_object_weight * unmatched)
 
 
@@ -87,7 +101,7 @@ class FocalClassLoss(nn.Module):
     ) -> Tensor:
         """(D,)"""
         # every column as a negative, then the matched ones exchanged: no one-hot tensor of all queries and classes
-        total = self._negative(predictions.logits).sum((1, 2, 3))
+        total = _counted(self._negative(predictions.logits).sum(3), predictions).sum((1, 2))
         logits = _of_targets(predictions.logits, targets, assignment)
         positive = self.alpha * (1 - logits.sigmoid()) ** self.gamma * F.softplus(-logits)
         return (total + _sum(positive - self._negative(logits), assignment)) / normalizer.num_boxes()
@@ -131,6 +145,11 @@ def _of_targets(scores: Tensor, targets: Targets, assignment: Assignment) -> Ten
     labels = targets.labels[None].expand_as(assignment.query)
     index = assignment.query * scores.shape[-1] + labels
     return scores.flatten(2).gather(2, index)
+
+
+def _counted(values: Tensor, predictions: Predictions) -> Tensor:
+    """(D, B, N), with zeros where a query is no one's."""
+    return values if predictions.given is None else values.masked_fill(~predictions.given.counted, 0.0)
 
 
 def _sum(values: Tensor, assignment: Assignment) -> Tensor:

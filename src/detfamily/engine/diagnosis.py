@@ -102,7 +102,7 @@ def _of_batch(
     batch = batch.to(device)
     with _Watch(model, batch.images.image_ids) as watch:
         with autocast():
-            predictions = model(batch.images)
+            predictions = model(batch.images, batch.targets)
         if spoiled or watch.first:
             first = watch.first or "no output of a module shows it"
             return f"The weights are broken: {_some(spoiled)}; {first}" if spoiled else f"First is {first}"

@@ -270,7 +270,7 @@ class Trainer:
     def forward(self, batch: Batch, normalizer: Normalizer, ride: Tensor | None) -> Losses:
         """The losses of a micro-batch: the model in the chosen precision, the criterion in the heads' float32."""
         with self.runtime.autocast():
-            predictions = self.model(batch.images)
+            predictions = self.model(batch.images, batch.targets)
         try:
             losses: Losses = self.criterion(predictions, batch.targets, normalizer, ride)
             return losses

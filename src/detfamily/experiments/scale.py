@@ -4,7 +4,8 @@ A scale is a choice of ``configs/scale``; it goes on top of the recipe, and belo
 must not undo what a table is about, so on top of it
 
 - settings that any row of the table overrides are, in the other rows too, as they are published;
-- the lengths of training keep their ratio to the baseline's, up to ``LONGEST`` times the baseline;
+- the lengths of training keep their ratio to the baseline's, up to ``LONGEST`` times the baseline, and the images of a
+  step are its own, since its learning rate belongs to them;
 - where a row needs what the scale has not got (a backbone that can be dilated, augmentation that resizes), all rows of
   its table take the choice of configs/scale that has it, ``<scale>_dilated`` or ``<scale>_resized``.
 """
@@ -15,7 +16,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -29,6 +30,9 @@ LONGEST = 3.0
 
 LENGTH = ("schedule.epochs", "drop_epochs")
 """What says how long a recipe is; kept as a ratio instead of as a number."""
+
+STEP = "schedule.total_batch_size"
+"""What a learning rate belongs to: a miniature has both of its own."""
 
 COMPANIONS = {"postprocess.layer": "decoder.num_layers"}
 """A setting -> one without whose published value it would mean something else."""
@@ -88,12 +92,15 @@ def variants(table: Table, scale: str, further: Sequence[str] = ()) -> dict[str,
         raise ConfigError(f"there is no scale {scale!r}: {nearest(scale, scales())}")
     published = {row.label: _composed(table, row, ["data.root=."]) for row in table.rows}
     scale = _fitting(scale, table, published.values())
-    base = table.row(table.baseline)
+    base = published[table.baseline]
+    if _counts_images(table, scale):
+        table = replace(table, rows=tuple(_without(row, STEP) for row in table.rows))
+        row = _without(table.row(table.baseline), *LENGTH)
+    else:
+        row = table.row(table.baseline)
     others = [one for one in further if not _sets_epochs(one)]
-    epochs = (
-        int(published[base.label].schedule.epochs),
-        int(_composed(table, base, [f"+scale={scale}"], others).schedule.epochs),
-    )
+    scaled = _composed(table, row, [f"+scale={scale}"], others)
+    epochs = int(base.schedule.epochs), int(scaled.schedule.epochs)
     return {row.label: _variant(table, row, scale, published[row.label], epochs, further) for row in table.rows}
 
 
@@ -105,6 +112,16 @@ def _fitting(scale: str, table: Table, published: Iterable[DictConfig]) -> str:
     }
     name = "_".join([scale, *(need for need, present in needs.items() if present)])
     return name if name in scales() else scale
+
+
+def _counts_images(table: Table, scale: str) -> bool:
+    """Whether a scale is a miniature: it says how many images an epoch has, where the data set decides otherwise."""
+    cfg = _composed(table, table.row(table.baseline), [f"+scale={scale}", "data.root=."])
+    return cfg.schedule.images_per_epoch is not None
+
+
+def _without(row: Row, *keys: str) -> Row:
+    return replace(row, overrides=tuple(one for one in row.overrides if one.partition("=")[0] not in keys))
 
 
 def _variant(

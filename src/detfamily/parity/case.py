@@ -49,6 +49,11 @@ class Case:
         """Of the weights: float32, or float64 in exact cases."""
         return next((w.dtype for w in self.weights.values() if w.is_floating_point()), torch.float32)
 
+    @property
+    def by_formula(self) -> bool:
+        """Whether the weights are computed instead of stored."""
+        return not (self.folder / "weights.safetensors").is_file()
+
     def sub_cases(self) -> list[str]:
         """Prefixes under which losses or matches of other targets on the same model are stored; "" is the case."""
         found = {match[1] for key in self.io if (match := re.match(r"(.*?)(loss|match)\.", key))}

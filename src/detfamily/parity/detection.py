@@ -18,6 +18,7 @@ from detfamily.criterion.matcher import pairs
 from detfamily.data.batches import pad
 from detfamily.detector import Detector
 from detfamily.engine.optim import clip_gradients
+from detfamily.parity import denoising
 from detfamily.parity.case import Case
 from detfamily.parity.compare import TIE
 from detfamily.structures import Images, Predictions, Size, Targets
@@ -61,13 +62,21 @@ def results(case: Case, overrides: Sequence[str]) -> dict[str, Tensor]:
     setup = _set_up(case, overrides)
     initial = copy.deepcopy(setup.detector.state_dict())
     ours: dict[str, Tensor] = {}
-    predictions = setup.detector.train()(setup.images)
-    for prefix in case.sub_cases():
-        ours |= _of_targets(case, setup, predictions, prefix)
-    ours |= _outputs(predictions, "out.")
+    predictions: dict[str, Predictions] = {}
+    setup.detector.train()
+    for prefix in [name for name in case.sub_cases() if name != "eval."]:
+        targets = _targets(case, prefix, len(setup.images))
+        if setup.detector.denoising is None:
+            predictions = predictions or setup.detector(setup.images)
+        elif targets is not None:
+            predictions = denoising.predict(case, prefix, setup.detector, setup.images, targets)
+            ours |= denoising.results(case, prefix, setup.detector, predictions, targets)
+        ours |= _of_targets(case, setup, predictions, targets, prefix)
+        ours |= _outputs(predictions, f"{prefix}out.")
     with torch.no_grad():
         evaluated = setup.detector.eval()(setup.images)
     ours |= _outputs(evaluated, "eval.out.")
+    ours |= _of_targets(case, setup, evaluated, _targets(case, "", len(setup.images)), "eval.")
     ours |= _detections(case, setup, evaluated)
     for prefix in sorted({key[: key.index("train.")] for key in case.io if re.search(r"(^|\.)train\.", key)}):
         setup.detector.load_state_dict(initial)
@@ -82,9 +91,16 @@ def _set_up(case: Case, overrides: Sequence[str]) -> Setup:
     softmax = cfg.classification.head._target_.endswith("SoftmaxClassHead")
     backbone = StoredFeatures(maps) if maps else None
     detector = build_detector(cfg, width - 1 if softmax else width, pretrained=False, backbone=backbone).to(case.dtype)
-    adapter = adapter_for(case.family, detector)
-    detector.load_state_dict(adapter.to_ours(case.weights), strict=True)
+    adapter = adapter_for(cfg.family_name, detector)
+    detector.load_state_dict(_as_loaded(adapter, case), strict=True)
     return Setup(detector, build_criterion(cfg), build_postprocess(cfg), adapter, images, maps)
+
+
+def _as_loaded(adapter: Adapter, case: Case) -> dict[str, Tensor]:
+    """The weights under our names; a formula gives copies of a tensor different values, of which the last one stays."""
+    if not case.by_formula:
+        return adapter.to_ours(case.weights)
+    return {ours: one for name, tensor in case.weights.items() for ours, one in adapter.to_ours({name: tensor}).items()}
 
 
 def _class_key(case: Case) -> str:
@@ -128,9 +144,10 @@ def _targets(case: Case, prefix: str, batch: int) -> Targets | None:
     return Targets.from_lists([case.io[k + "labels"] for k in keys], [case.io[k + "boxes"] for k in keys])
 
 
-def _of_targets(case: Case, setup: Setup, predictions: dict[str, Predictions], prefix: str) -> dict[str, Tensor]:
-    """Losses, matches and gradients of one set of targets on the same outputs."""
-    targets = _targets(case, prefix, len(setup.images))
+def _of_targets(
+    case: Case, setup: Setup, predictions: dict[str, Predictions], targets: Targets | None, prefix: str
+) -> dict[str, Tensor]:
+    """Losses, matches and gradients of one set of targets."""
     if targets is None:
         return {}
     losses = setup.criterion(predictions, targets)
@@ -138,8 +155,9 @@ def _of_targets(case: Case, setup: Setup, predictions: dict[str, Predictions], p
     ours = {f"{prefix}loss.total": losses.total.detach()}
     for name, value in losses.parts.items():
         group, layer, loss = name.split("/")
-        ours[f"{prefix}loss.{OFFICIAL_LOSS[loss]}{_loss_suffix(group, int(layer), depth)}"] = value
-    for group in losses.assignments:
+        official = f"{'tgt_' * (group == 'denoise')}{OFFICIAL_LOSS[loss]}{_loss_suffix(group, int(layer), depth)}"
+        ours[f"{prefix}loss.{official}"] = value
+    for group in (name for name in losses.assignments if name != "denoise"):
         ours |= _matches(case, setup, predictions, targets, losses, group, prefix)
     if any(key.startswith(f"{prefix}grad") for key in case.io):
         ours |= _gradients(setup, losses, prefix)
@@ -166,7 +184,7 @@ def _matches(
     assignment = losses.assignments[group]
     depth = len(predictions[group].logits)
     first = depth - len(assignment.query)
-    wanted = setup.criterion.groups[group].targets(targets)
+    wanted = setup.criterion.groups[group].targets(targets, predictions[group])
     costs = setup.criterion.matcher.cost(predictions[group], wanted)
     for layer in range(first, depth):
         place = "enc." if group == "proposals" else "" if layer == depth - 1 else f"aux.{layer}."
@@ -218,6 +236,8 @@ def _official_gradients(setup: Setup) -> dict[str, Tensor]:
 def _outputs(predictions: dict[str, Predictions], prefix: str) -> dict[str, Tensor]:
     ours: dict[str, Tensor] = {}
     for group, said in predictions.items():
+        if group == "denoise":
+            continue
         depth = len(said.logits)
         for layer in range(depth):
             place = "enc." if group == "proposals" else "" if layer == depth - 1 else f"aux.{layer}."
@@ -247,7 +267,7 @@ def _training(case: Case, setup: Setup, prefix: str) -> dict[str, Tensor]:
     steps = len([key for key in case.io if re.fullmatch(rf"{re.escape(prefix)}train\.loss\.\d+", key)])
     for step in range(steps):
         optimizer.zero_grad()
-        total = setup.criterion(setup.detector(setup.images), targets).total
+        total = setup.criterion(setup.detector(setup.images, targets), targets).total
         total.backward()
         norm = clip_gradients(setup.detector.parameters(), clip_norm)
         ours[f"{prefix}train.loss.{step}"], ours[f"{prefix}train.grad_norm.{step}"] = total.detach(), norm.detach()

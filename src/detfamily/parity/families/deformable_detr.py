@@ -14,7 +14,7 @@ from detfamily.parity.case import Case
 
 def results(case: Case) -> dict[str, Tensor]:
     """A detector, and small functions on their own."""
-    return detection.results(case, overrides(case)) | _units(case)
+    return detection.results(case, overrides(case)) | units(case)
 
 
 def overrides(case: Case) -> list[str]:
@@ -62,10 +62,11 @@ def overrides(case: Case) -> list[str]:
     ]
 
 
-def _units(case: Case) -> dict[str, Tensor]:
+def units(case: Case, eps: float = 1e-5) -> dict[str, Tensor]:
+    """Small functions on their own."""
     ours: dict[str, Tensor] = {}
     if "unit.inverse_sigmoid.in" in case.io:
-        ours["unit.inverse_sigmoid.out"] = inverse_sigmoid(case.io["unit.inverse_sigmoid.in"], eps=1e-5)
+        ours["unit.inverse_sigmoid.out"] = inverse_sigmoid(case.io["unit.inverse_sigmoid.in"], eps)
     if "unit.proposal_pos_embed.in" in case.io:
         boxes = case.io["unit.proposal_pos_embed.in"].sigmoid()
         features = case.io["unit.proposal_pos_embed.out"].shape[-1] // 4

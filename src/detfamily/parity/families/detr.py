@@ -20,7 +20,7 @@ def results(case: Case) -> dict[str, Tensor]:
     """A detector, or the data pipeline."""
     if "data" in case.info:
         return data_transforms.results(case.info, case.io)
-    return detection.results(case, overrides(case)) | _units(case)
+    return detection.results(case, overrides(case)) | units(case)
 
 
 def overrides(case: Case) -> list[str]:
@@ -54,8 +54,9 @@ def overrides(case: Case) -> list[str]:
     ]
 
 
-def _units(case: Case) -> dict[str, Tensor]:
+def units(case: Case, eps: float = 0.0) -> dict[str, Tensor]:
+    """Overlaps of boxes on their own."""
     if "unit.boxes1" not in case.io:
         return {}
-    iou, giou = iou_and_giou(case.io["unit.boxes1"][:, None], case.io["unit.boxes2"])
+    iou, giou = iou_and_giou(case.io["unit.boxes1"][:, None], case.io["unit.boxes2"], eps)
     return {"unit.iou": torch.as_tensor(iou), "unit.giou": giou}

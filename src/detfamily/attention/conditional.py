@@ -1,0 +1,199 @@
+"""Attention whose content and position parts are projected apart (Conditional DETR, arXiv 2108.06152, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detfamily.attention.dense import allowed
+from detfamily.blocks.layers import MLP
+from detfamily.structures import Queries, Tokens
+
+
+class SplitDenseAttention(nn.Module):
+    """Self-attention whose queries and keys are the sum of a projected content and a projected position.
+
+    Args:
+        embed_dim: the width C of the tokens.
+        num_heads: heads; must divide embed_dim.
+        dropout: of the attention weights, in training.
+
+    Raises:
+        ValueError: num_heads does not divide embed_dim.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        _check_heads(embed_dim, num_heads)
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.query_content_proj = _linear(embed_dim)
+        self.query_pos_proj = _linear(embed_dim)
+        self.key_content_proj = _linear(embed_dim)
+        self.key_pos_proj = _linear(embed_dim)
+        self.value_proj = _linear(embed_dim)
+        self.out_proj = _out_proj(embed_dim)
+
+    def forward(self, query: Tokens, source: Tokens, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, N, C); attention_mask (N, N') is True where a query may not look."""
+        q, k = self.query_content_proj(query.content), self.key_content_proj(source.content)
+        if query.pos is not None:
+            q = q + self.query_pos_proj(query.pos)
+        if source.pos is not None:
+            k = k + self.key_pos_proj(source.pos)
+        q, k, v = (
+            x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, self.value_proj(source.content))
+        )
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed(source, attention_mask), dropout_p=dropout)
+        projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        return projected
+
+
+class ConditionalAttention(nn.Module):
+    """Cross-attention that compares content with content and place with position, and adds the two scores (eq. 2).
+
+    Within each head, the query's content and its sine code stand side by side, and so do the memory's content and
+    position: heads of twice the width for the comparison, of the usual one for the values.
+
+    Args:
+        embed_dim: the width C of the tokens.
+        num_heads: heads; must divide embed_dim.
+        dropout: of the attention weights, in training.
+        add_query_pos: also add the query's position to its content, and the memory's to its own: officially in the
+            first layer, whose content is still empty.
+
+    Raises:
+        ValueError: num_heads does not divide embed_dim; the queries have no sine code, or no positions that are to be
+            added; the memory has no positions.
+    """
+
+    reads_sine = True
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, add_query_pos: bool = False) -> None:
+        super().__init__()
+        _check_heads(embed_dim, num_heads)
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.query_content_proj = _linear(embed_dim)
+        self.query_pos_proj = _linear(embed_dim) if add_query_pos else None
+        self.query_sine_proj = _linear(embed_dim)
+        self.key_content_proj = _linear(embed_dim)
+        self.key_pos_proj = _linear(embed_dim)
+        self.value_proj = _linear(embed_dim)
+        self.out_proj = _out_proj(embed_dim)
+
+    def forward(self, query: Queries, source: Tokens, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, N, C)"""
+        q, k = self.project(query, source)
+        v = self.value_proj(source.content).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed(source, attention_mask), dropout_p=dropout)
+        projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        return projected
+
+    def project(self, query: Queries, source: Tokens) -> tuple[Tensor, Tensor]:
+        """Queries (B, M, N, 2C/M) and keys (B, M, S, 2C/M) of the heads."""
+        if query.sine is None:
+            raise ValueError("conditional attention compares a sine code, and these queries have none")
+        if source.pos is None:
+            raise ValueError(
+                "conditional attention compares positions, and the memory has none: memory_position=at_attention"
+            )
+        q, k = self.query_content_proj(query.content), self.key_content_proj(source.content)
+        key_pos = self.key_pos_proj(source.pos)
+        if self.query_pos_proj is not None:
+            if query.pos is None:
+                raise ValueError("add_query_pos=true adds the queries' positions to their content, and they have none")
+            q, k = q + self.query_pos_proj(query.pos), k + key_pos
+        return self._beside(q, self.query_sine_proj(query.sine)), self._beside(k, key_pos)
+
+    def _beside(self, content: Tensor, place: Tensor) -> Tensor:
+        split = (x.unflatten(-1, (self.num_heads, -1)) for x in (content, place))
+        return torch.cat(list(split), -1).transpose(1, 2)
+
+
+class LevelConditionalAttention(ConditionalAttention):
+    """Conditional attention to each feature level on its own; the query says what each level is worth.
+
+    The decoder of "DAB-Deformable-DETR, deformable encoder only" (official DN-DETR code), but that its levels are
+    weighed by the queries of the self-attention, ours by content and position.
+
+    Args:
+        embed_dim: the width C of the tokens.
+        num_heads: heads; must divide embed_dim.
+        num_levels: levels of the maps read from.
+        dropout: of the attention weights, in training.
+        add_query_pos: as in ``ConditionalAttention``.
+    """
+
+    def __init__(
+        self, embed_dim: int, num_heads: int, num_levels: int, dropout: float = 0.0, add_query_pos: bool = False
+    ) -> None:
+        super().__init__(embed_dim, num_heads, dropout, add_query_pos)
+        self.level_weights = nn.Linear(embed_dim, num_levels)
+        nn.init.xavier_uniform_(self.level_weights.weight)
+
+    def forward(self, query: Queries, source: Tokens, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, N, C)"""
+        if source.grid is None or len(source.grid.shapes) != self.level_weights.out_features:
+            found = 0 if source.grid is None else len(source.grid.shapes)
+            raise ValueError(f"got {found} feature levels, built for num_levels={self.level_weights.out_features}")
+        q, k = self.project(query, source)
+        v = self.value_proj(source.content).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        sizes = [h * w for h, w in source.grid.shapes]
+        masks = allowed(source, attention_mask)
+        parts = [None] * len(sizes) if masks is None else masks.split(sizes, dim=-1)
+        dropout = self.dropout if self.training else 0.0
+        outputs = [
+            F.scaled_dot_product_attention(q, key, value, attn_mask=mask, dropout_p=dropout).transpose(1, 2).flatten(2)
+            for key, value, mask in zip(k.split(sizes, dim=2), v.split(sizes, dim=2), parts, strict=True)
+        ]
+        weights = self.level_weights(query.with_pos()).softmax(-1)
+        mixed = torch.einsum("bnl,lbnc->bnc", weights, torch.stack(outputs))
+        # the weights sum to one, so that mixing before the common projection is mixing after it
+        projected: Tensor = self.out_proj(mixed)
+        return projected
+
+
+class RescaledSine(nn.Module):
+    """A cross-attention whose sine code is scaled by the output of the self-attention before it.
+
+    Conditional DETR, table 3, "CSQ-I". The content that a cross-attention gets is what the self-attention gave.
+
+    Args:
+        attention: factory of the cross-attention.
+        embed_dim: the width C.
+    """
+
+    def __init__(self, attention: Callable[[], nn.Module], embed_dim: int) -> None:
+        super().__init__()
+        self.attention = attention()
+        self.scale = MLP(embed_dim, embed_dim, embed_dim, num_layers=2, xavier=True)
+
+    def forward(self, query: Queries, source: Tokens, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, N, C)"""
+        assert query.sine is not None
+        output: Tensor = self.attention(replace(query, sine=query.sine * self.scale(query.content)), source)
+        return output
+
+
+def _check_heads(embed_dim: int, num_heads: int) -> None:
+    if embed_dim % num_heads:
+        raise ValueError(f"num_heads={num_heads} does not divide embed_dim={embed_dim}")
+
+
+def _linear(embed_dim: int) -> nn.Linear:
+    linear = nn.Linear(embed_dim, embed_dim)
+    nn.init.xavier_uniform_(linear.weight)
+    return linear
+
+
+def _out_proj(embed_dim: int) -> nn.Linear:
+    linear = _linear(embed_dim)
+    nn.init.zeros_(linear.bias)
+    return linear

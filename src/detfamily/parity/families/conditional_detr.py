@@ -1,0 +1,61 @@
+"""Atten4Vis/ConditionalDETR."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from detfamily.blocks.boxes import inverse_sigmoid
+from detfamily.parity import detection
+from detfamily.parity.case import Case
+from detfamily.parity.families import detr
+
+ACTIVATIONS = {"relu": "ReLU", "gelu": "GELU", "selu": "SELU", "prelu": "PReLU"}
+
+
+def results(case: Case) -> dict[str, Tensor]:
+    """A detector, and small functions on their own."""
+    ours = detection.results(case, overrides(case)) | detr.units(case)
+    if "unit.inverse_sigmoid.x" in case.io:
+        ours["unit.inverse_sigmoid.y"] = inverse_sigmoid(case.io["unit.inverse_sigmoid.x"], eps=1e-5)
+    return ours
+
+
+def overrides(case: Case) -> list[str]:
+    """The official arguments in our words."""
+    args = case.info["args"]
+    return ["family=conditional_detr", *dense_overrides(case, args.get("activation", "relu"))]
+
+
+def dense_overrides(case: Case, activation: str) -> list[str]:
+    """What Conditional DETR and its descendants of one level have in common, after the choice of the family."""
+    args: dict[str, Any] = case.info["args"]
+    stated = case.info["matcher_and_loss"]
+    loss = {**stated, **stated.get("args", {})}
+    stubbed = any(key.startswith("features.") for key in case.io)
+    chosen = ["backbone=small", "model.stages=[3]"]
+    if not stubbed:
+        chosen = [f"backbone={args['backbone']}", "backbone.weights=null"]
+        chosen += ["backbone.dilation=true"] if args.get("dilation") else []
+    return [
+        *chosen,
+        f"position={'learned' if args['position_embedding'] in ('learned', 'v3') else 'sine'}",
+        f"ffn.activation._target_=torch.nn.{ACTIVATIONS[activation]}",
+        f"model.embed_dim={args['hidden_dim']}",
+        f"model.num_heads={args['nheads']}",
+        f"model.ffn_dim={args['dim_feedforward']}",
+        f"model.dropout={args['dropout']}",
+        f"model.num_queries={args['num_queries']}",
+        f"encoder.num_layers={args['enc_layers']}",
+        f"decoder.num_layers={args['dec_layers']}",
+        f"criterion.aux_loss={str(args.get('aux_loss', True)).lower()}",
+        f"criterion.matcher.weights.class={loss['set_cost_class']}",
+        f"criterion.matcher.weights.l1={loss['set_cost_bbox']}",
+        f"criterion.matcher.weights.giou={loss['set_cost_giou']}",
+        f"criterion.weights.class={loss.get('loss_ce_coef', loss['weight_dict']['loss_ce'])}",
+        f"criterion.weights.l1={loss['bbox_loss_coef']}",
+        f"criterion.weights.giou={loss['giou_loss_coef']}",
+        f"classification.loss.alpha={loss['focal_alpha']}",
+        f"classification.loss.gamma={loss.get('focal_gamma', loss.get('gamma', 2.0))}",
+    ]
