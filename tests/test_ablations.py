@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import yaml
 from omegaconf import DictConfig
 
-from detfamily.attention import MSDeformAttention
+from detfamily.attention import MSDeformAttention, SplitDenseAttention
 from detfamily.build import build_criterion, build_detector, build_postprocess
 from detfamily.config import build, compose, configs_dir, groups, groups_of, to_container, validate
 from detfamily.data.transforms import Sample
@@ -35,6 +35,13 @@ SMALL = (
 )
 CLASSES = 5
 SIZES = ((96, 64), (64, 96))
+
+
+class Step(NamedTuple):
+    """What came out of one optimiser step: tells whether two configurations compute the same."""
+
+    loss: float
+    norm: float
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,13 +93,19 @@ def test_a_table_is_well_formed(file):
 def test_the_baseline_is_the_published_recipe(file):
     one = table(file)
     baseline = next(row for row in one["rows"] if row["label"] == one["baseline"])
-    assert baseline["overrides"] == []
+    if baseline["overrides"]:  # The source has a setting of its own for this table.
+        assert all(set(baseline["overrides"]) <= set(row["overrides"]) for row in one["rows"])
+        return
     recipe = yaml.safe_load((ROOT / "configs/experiment" / f"{one['base']}.yaml").read_text())
     assert any(baseline["published"].items() <= entry.items() for entry in recipe["published"])
 
 
 def test_every_table_of_the_papers_is_there():
-    """DETR: tables 2 to 4 and the numbers of section 4. Deformable DETR: tables 1 and 2, and what its README adds."""
+    """DETR: tables 2 to 4 and the numbers of section 4. Deformable DETR: tables 1 and 2, and what its README adds.
+
+    Conditional DETR: tables 3 and 4, figure 5, section 4.3. DAB-DETR: tables 2, 3, 5 to 8. DN-DETR: tables 2, 4 and 5,
+    figure 6, table 3 of the journal version.
+    """
     assert {f"{file.parent.name}/{file.stem}": len(table(file)["rows"]) for file in TABLES} == {
         "detr/encoder_depth": 4,
         "detr/decoder_layers": 8,
@@ -105,22 +118,87 @@ def test_every_table_of_the_papers_is_there():
         "deformable_detr/attention": 6,
         "deformable_detr/variants": 3,
         "deformable_detr/scales": 3,
+        "conditional_detr/reference_points": 3,
+        "conditional_detr/spatial_query": 5,
+        "conditional_detr/loss_parts": 5,
+        "conditional_detr/projection": 5,
+        "dab_detr/components": 5,
+        "dab_detr/temperature": 7,
+        "dab_detr/decoder_layers": 5,
+        "dab_detr/query_form": 2,
+        "dab_detr/patterns_r50": 3,
+        "dab_detr/patterns_r50_dc5": 4,
+        "dab_detr/patterns_r101": 3,
+        "dab_detr/patterns_r101_dc5": 3,
+        "dn_detr/parts": 4,
+        "dn_detr/groups_r50": 3,
+        "dn_detr/groups_r50_dc5": 3,
+        "dn_detr/groups_r101": 3,
+        "dn_detr/groups_r101_dc5": 3,
+        "dn_detr/noise": 7,
+        "dn_detr/other_detectors": 2,
+        "dn_detr/twelve_epochs_r50_dc5": 2,
+        "dn_detr/twelve_epochs_r101_dc5": 2,
+        "dn_detr/twelve_epochs_deformable": 4,
+        "families/dense": 4,  # Ours: the papers side by side.
+        "families/deformable": 5,
     }
+
+
+OTHER_RECIPES = {
+    # (table, row): the recipe that its overrides arrive at
+    ("conditional_detr/loss_parts", "none"): "detr_r50_50ep",
+    ("dab_detr/patterns_r50", "no patterns"): "dab_detr_r50",
+    ("dab_detr/patterns_r50_dc5", "no patterns"): "dab_detr_r50_dc5",
+    ("dab_detr/patterns_r50_dc5", "no patterns, fixed centres"): "dab_detr_r50_dc5_fixed_xy",
+    ("dab_detr/patterns_r101", "no patterns"): "dab_detr_r101",
+    ("dab_detr/patterns_r101_dc5", "no patterns"): "dab_detr_r101_dc5",
+    ("dn_detr/groups_r50", "5 groups"): "dn_detr_r50",
+    ("dn_detr/groups_r50_dc5", "5 groups"): "dn_detr_r50_dc5",
+    ("dn_detr/groups_r101", "5 groups"): "dn_detr_r101",
+    ("dn_detr/groups_r101_dc5", "5 groups"): "dn_detr_r101_dc5",
+    ("dn_detr/twelve_epochs_r50_dc5", "denoising"): "dn_detr_r50_dc5_3pat_12ep",
+    ("dn_detr/twelve_epochs_r101_dc5", "denoising"): "dn_detr_r101_dc5_3pat_12ep",
+}
+
+
+@pytest.mark.parametrize(("name", "label"), OTHER_RECIPES)
+def test_rows_that_are_other_recipes_are_these(name, label):
+    file = ROOT / "experiments" / f"{name}.yaml"
+    row = next(row for row in table(file)["rows"] if row["label"] == label)
+    ours, theirs = (
+        to_container(compose("train", [f"experiment={base}", "data.root=.", *overrides]))
+        for base, overrides in ((table(file)["base"], row["overrides"]), (OTHER_RECIPES[name, label], []))
+    )
+    for field in ("name", "family_name", "published", "runtime"):
+        del ours[field], theirs[field]
+    assert ours == theirs
 
 
 # The rows
 
 
 def small_row(file: Path, row: dict[str, Any]) -> DictConfig:
-    """The row's config with what it changes, and all else small."""
-    return small(table(file)["base"], tuple(row["overrides"]))
+    """The row's config with what the table varies as published, and all else small."""
+    return small(*key(file, row))
+
+
+Key = tuple[str, tuple[str, ...], tuple[str, ...]]
+
+
+def key(file: Path, row: dict[str, Any]) -> Key:
+    """Base, what is made small, and overrides."""
+    varied = {one.partition("=")[0] for other in table(file)["rows"] for one in other["overrides"]}
+    reduced = tuple(one for one in SMALL if one.partition("=")[0] not in varied)
+    return table(file)["base"], reduced, tuple(row["overrides"])
 
 
 @functools.cache
-def small(base: str, overrides: tuple[str, ...]) -> DictConfig:
-    first = [f"experiment={base}", "data.root=.", *SMALL]
+def small(base: str, reduced: tuple[str, ...], overrides: tuple[str, ...]) -> DictConfig:
+    first = [f"experiment={base}", "data.root=.", *reduced]
     if not any("dc5" in one or "dilation" in one for one in overrides):
         first.append("backbone=small")  # The small one cannot be dilated.
+        first += ["~backbone.dilation"] if "dc5" in base else []
     if any(one.startswith("postprocess.layer") for one in overrides):
         first.append("decoder.num_layers=6")
     return compose("train", [*first, *overrides])
@@ -128,13 +206,32 @@ def small(base: str, overrides: tuple[str, ...]) -> DictConfig:
 
 @pytest.mark.parametrize(("file", "row"), rows())
 def test_a_row_composes_builds_and_steps(file, row):
-    check(small_row(file, row))
+    stepped(file, row)
+
+
+def stepped(file: Path, row: dict[str, Any]) -> Step:
+    return small_step(*key(file, row))
+
+
+@functools.cache
+def small_step(base: str, reduced: tuple[str, ...], overrides: tuple[str, ...]) -> Step:
+    return check(small(base, reduced, overrides))
 
 
 @pytest.mark.parametrize("file", TABLES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_no_two_rows_are_the_same(file):
     configs = [to_container(small_row(file, row)) for row in table(file)["rows"]]
     assert all(one != other for index, one in enumerate(configs) for other in configs[:index])
+
+
+@pytest.mark.parametrize("file", TABLES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_rows_that_change_the_model_or_its_losses_compute_something_else(file):
+    """From the same random numbers, a switch that nothing reads would give the same step."""
+    found = [(to_container(small_row(file, row)), stepped(file, row)) for row in table(file)["rows"]]
+    for index, (cfg, step) in enumerate(found):
+        for other_cfg, other in found[:index]:
+            if (cfg["detector"], cfg["criterion"]) != (other_cfg["detector"], other_cfg["criterion"]):
+                assert step != other
 
 
 # The rows on the miniature that ``detfamily ablate`` runs
@@ -152,13 +249,36 @@ def test_a_row_fits_on_the_miniature(file, row):
     if variant.row.weights_of is None:
         cfg = compose("train", variant.overrides)
         assert identity(cfg) == variant.identity
-        check(cfg)
+        if variant.identity not in STEPPED_ON_MINI:
+            check(cfg)
+            STEPPED_ON_MINI.add(variant.identity)
+
+
+STEPPED_ON_MINI: set[str] = set()
+"""Tables that differ in their backbone are the same on the miniature, which has one of its own."""
 
 
 @pytest.mark.parametrize("file", TABLES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_no_two_rows_are_the_same_on_the_miniature(file):
     found = on_mini(file)
     assert len({one.identity for one in found.values()}) == len(found)
+
+
+def test_images_of_a_step_and_epochs_of_a_whole_table_are_those_of_the_miniature():
+    """They go with the learning rate, which is the miniature's, too; on the published scale they are the rows'."""
+    for name, epochs in (("dab_detr/temperature", 50), ("dn_detr/noise", 20)):
+        file = ROOT / "experiments" / f"{name}.yaml"
+        own = compose("train", [f"experiment={table(file)['base']}", "+scale=mini"]).schedule
+        for variant in on_mini(file).values():
+            assert (variant.config["schedule"]["total_batch_size"], variant.config["schedule"]["epochs"]) == (
+                own.total_batch_size,
+                own.epochs,
+            )
+        for variant in variants(read_table(file), "coco", ["data.root=."]).values():
+            schedule = variant.config["schedule"]
+            assert (schedule["total_batch_size"], schedule["epochs"]) == (64, epochs)
+    larger = variants(read_table(file), "mini", ["schedule.total_batch_size=16"])
+    assert {one.config["schedule"]["total_batch_size"] for one in larger.values()} == {16}
 
 
 def counted_rows() -> list[Any]:
@@ -189,9 +309,25 @@ NEEDS = {
     "query_source=learned": ["cross_attention=dense"],
     "query_source=learned_at_input": ["cross_attention=dense"],
     "query_source=proposals": ["decoder=refine"],
+    "query_source=anchors": ["query_position=anchor"],
+    "query_source=content_anchors": ["query_position=anchor"],
+    "query_position=anchor": ["query_source=content_anchors"],
+    "query_position=anchor_valid": ["query_source=content_anchors"],
+    "query_position=anchor_modulated": ["query_source=content_anchors", "cross_attention=conditional"],
+    "query_position=center": ["cross_attention=conditional"],
+    "cross_attention=conditional": ["query_position=center"],
+    "cross_attention=conditional_levels": ["query_position=center"],
+    "cross_attention=conditional_rescaled": ["query_position=center"],
     "encoder_position=none": ["level_embed=none"],  # Nothing would read it.
     "data=coco": ["data.root=."],
     "data=coco_mini": ["data.root=."],
+}
+
+NEEDS |= {f"memory_position={name}": ["cross_attention=dense"] for name in groups()["memory_position"]}
+NEEDS |= {
+    # what scales a code of place needs one that is read
+    f"query_scale={name}": ["query_position=center", "cross_attention=conditional"]
+    for name in groups()["query_scale"]
 }
 
 SHAPES_ONLY = ("backbone=resnet101", "backbone=resnext101_64x4d")
@@ -228,21 +364,42 @@ def test_the_defaults_compose_build_and_step():
 def test_a_choice_composes_builds_and_steps(choice):
     if choice == "backbone=timm":
         pytest.importorskip("timm")
+    if choice in SHAPES_ONLY:
+        cfg = with_choice(choice)
+        validate(cfg)
+        check_shapes(cfg)
+    else:
+        step_of_choice(choice)
+
+
+def with_choice(choice: str) -> DictConfig:
     first = [] if choice.startswith("experiment") else [f"family={FAMILY}", "backbone=small"]
-    cfg = compose("train", [*first, *SMALL, choice, *NEEDS.get(choice, [])])
-    check(cfg, shapes_only=choice in SHAPES_ONLY)
+    return compose("train", [*first, *SMALL, choice, *NEEDS.get(choice, [])])
+
+
+@functools.cache
+def step_of_choice(choice: str) -> Step:
+    return check(with_choice(choice))
+
+
+NO_MODEL = "data augmentation optimizer schedule runtime tracking scale postprocess family experiment backbone".split()
+"""Groups whose choices a step of the same batch does not show, or which are the model as a whole."""
+
+
+@pytest.mark.parametrize("group", [group for group in defaults() if group not in NO_MODEL and len(groups()[group]) > 1])
+def test_the_choices_of_a_group_compute_different_things(group):
+    """From the same random numbers, a choice that nothing reads would give the same step as another one."""
+    steps = [step_of_choice(f"{group}={name}") for name in groups()[group]]
+    assert len(set(steps)) == len(steps)
 
 
 # What is checked
 
 
-def check(cfg: DictConfig, shapes_only: bool = False) -> None:
+def check(cfg: DictConfig) -> Step:
     validate(cfg)
     check_run(cfg)
-    if shapes_only:
-        check_shapes(cfg)
-    else:
-        check_step(cfg)
+    return check_step(cfg)
 
 
 def batch() -> tuple[Images, Targets]:
@@ -257,7 +414,7 @@ def batch() -> tuple[Images, Targets]:
     return Images(pixels, padding, SIZES, SIZES, (7, 8)), targets
 
 
-def check_step(cfg: DictConfig) -> None:
+def check_step(cfg: DictConfig) -> Step:
     """One optimiser step of the recipe: finite, with a gradient for all that learns; then detections."""
     torch.manual_seed(0)
     detector = build_detector(cfg, CLASSES, pretrained=False).train()
@@ -265,7 +422,7 @@ def check_step(cfg: DictConfig) -> None:
     recipe: AdamW = build(cfg.optimizer)
     optimizer = recipe.build(detector)
     images, targets = batch()
-    losses = build_criterion(cfg)(detector(images), targets)
+    losses = build_criterion(cfg)(detector(images, targets), targets)
     assert losses.total.isfinite() and losses.total > 0
     losses.total.backward()
     check_gradients(detector)
@@ -273,6 +430,7 @@ def check_step(cfg: DictConfig) -> None:
     assert norm.isfinite() and norm > 0
     optimizer.step()
     check_detections(cfg, detector, images)
+    return Step(losses.total.item(), norm.item())
 
 
 @torch.no_grad()
@@ -283,13 +441,21 @@ def off_zero(detector: Detector) -> None:
 
 
 def check_gradients(detector: Detector) -> None:
-    """A gradient for every parameter that is not frozen, but for the weight of a single sampled point, which is 1."""
+    """A gradient for every parameter that is not frozen.
+
+    But for the weight of a single sampled point, which is 1, and for what multiplies the content of the first layer,
+    where that is zero.
+    """
     single = [
         name
         for name, module in detector.named_modules()
         if isinstance(module, MSDeformAttention) and module.num_levels * module.num_points == 1
     ]
     idle = tuple(f"{name}.attention_weights." for name in single)
+    filled = detector.query_source.has_content or detector.denoising is not None or detector.patterns.num_patterns > 0
+    if not filled and isinstance(detector.decoder.layers[0].self_attention, SplitDenseAttention):
+        parts = ("query_content", "key_content", "value")
+        idle += tuple(f"decoder.layers.0.self_attention.{part}_proj.weight" for part in parts)
     for name, one in detector.named_parameters():
         if not one.requires_grad:
             assert one.grad is None, name

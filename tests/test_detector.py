@@ -1,4 +1,4 @@
-"""Properties of whole detectors, small ones of both families and of every way to make queries."""
+"""Properties of whole detectors, small ones of all families and of every way to make queries."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from detfamily.blocks.denoising import Draws
 from detfamily.build import build_criterion, build_detector, build_postprocess
 from detfamily.config import compose
 from detfamily.detector import Detector
-from detfamily.structures import Images, Predictions, Size, Targets
+from detfamily.structures import Given, Images, Predictions, Queries, Size, Targets
 
 TINY = (
     *("backbone=small", "backbone.stem_width=4", "backbone.widths=[8,8,8,8]"),
@@ -28,10 +29,38 @@ KINDS = {
     "deformable": ("family=deformable_detr",),
     "deformable, own levels, BiFPN": ("family=deformable_detr", "encoder_attention=ms_deform_own_level", "neck=bifpn"),
     "refined": ("family=deformable_detr", "decoder=refine"),
+    "refined, looking forward": ("family=deformable_detr", "decoder=refine", "decoder.look_forward=true"),
     "two-stage": ("family=deformable_detr", "decoder=refine", "query_source=proposals"),
+    "conditional": ("family=conditional_detr",),
+    "dab": ("family=dab_detr",),
+    "dab, patterns": ("family=dab_detr", "model.num_patterns=2"),
+    "dab, points": ("family=dab_detr", "model.anchor_dim=2", "query_position.modulate_wh=false"),
+    "dab-deformable": ("family=dab_deformable_detr",),
+    "dab-deformable, levels apart": (
+        *("family=dab_deformable_detr", "cross_attention=conditional_levels", "query_source=anchors"),
+        *("self_attention=split_dense", "model.num_patterns=2"),
+    ),
 }
-LEARNED = [kind for kind in KINDS if kind != "two-stage"]
+DENOISED = {
+    "dn detr": ("family=detr", "denoising=dn"),
+    "dn conditional": ("family=conditional_detr", "denoising=dn"),
+    "dn dab": ("family=dab_detr", "denoising=dn"),
+    "dn dab, patterns": ("family=dab_detr", "denoising=dn", "model.num_patterns=2"),
+    "dn deformable": ("family=deformable_detr", "denoising=dn"),
+    "dn two-stage": ("family=deformable_detr", "decoder=refine", "query_source=proposals", "denoising=dn"),
+    "dn dab-deformable": ("family=dab_deformable_detr", "denoising=dn"),
+}
+LEARNED = [kind for kind in KINDS if "two-stage" not in kind]
 CLASSES = 3
+GROUPS = 5
+
+
+def columns_of(kind: str) -> int:
+    return CLASSES + (kind.startswith(("detr", "dn detr")))
+
+
+def patterns_of(kind: str) -> int:
+    return 2 if "patterns" in kind or "levels apart" in kind else 1
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,7 +74,7 @@ def one_thread() -> Iterator[None]:
 
 @cache
 def composed(kind: str) -> DictConfig:
-    return compose("train", [*KINDS[kind], *TINY])
+    return compose("train", [*(KINDS | DENOISED)[kind], *TINY])
 
 
 @cache
@@ -85,15 +114,16 @@ def assert_same(a: dict[str, Predictions], b: dict[str, Predictions], atol: floa
         torch.testing.assert_close(a[group].boxes, b[group].boxes, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS | DENOISED)
 def test_shapes_of_all_layers(kind: str) -> None:
     detector, images = detector_of(kind), batch()
     said = detector(images)
-    columns = CLASSES + ("detr" in kind)
-    assert said["match"].logits.shape == (3, 2, 6, columns) and said["match"].boxes.shape == (3, 2, 6, 4)
+    columns, queries = columns_of(kind), 6 * patterns_of(kind)
+    assert said["match"].logits.shape == (3, 2, queries, columns)
+    assert said["match"].boxes.shape == (3, 2, queries, 4)
     assert ((said["match"].boxes > 0) & (said["match"].boxes < 1)).all()
-    assert set(said) == ({"match", "proposals"} if kind == "two-stage" else {"match"})
-    if kind == "two-stage":  # of 1/8, 1/16, 1/32 and 1/64 of the side
+    assert set(said) == ({"match", "proposals"} if "two-stage" in kind else {"match"})
+    if "two-stage" in kind:  # of 1/8, 1/16, 1/32 and 1/64 of the side
         assert said["proposals"].logits.shape == (1, 2, 8 * 12 + 4 * 6 + 2 * 3 + 1 * 2, columns)
     found = build_postprocess(composed(kind))(said, images)
     assert len(found) == 2 and all(one.boxes_xyxy.shape == (len(one.scores), 4) for one in found)
@@ -135,15 +165,19 @@ def test_what_lies_in_the_padding_of_maps_reaches_no_image(kind: str) -> None:
 def test_permuted_queries_permute_predictions(kind: str) -> None:
     detector, images = detector_of(kind), batch()
     order = torch.tensor([3, 0, 5, 1, 4, 2])
+    moved = 0
     with torch.no_grad():
         before = detector(images)["match"]
-        for name in ("pos", "content"):
-            parameter = getattr(detector.query_source, name)
-            if parameter is not None:
+        for name, parameter in detector.query_source.named_parameters():
+            if name in ("pos", "content", "reference.center_logit", "reference.size_logit"):
                 parameter.copy_(parameter[order].clone())
+                moved += 1
         after = detector(images)["match"]
-    assert_same({"": after}, {"": Predictions(before.logits[:, :, order], before.boxes[:, :, order])}, atol=1e-5)
-    assert not torch.allclose(after.logits, before.logits, atol=1e-4)
+    assert moved
+    everywhere = torch.cat([order + 6 * pattern for pattern in range(patterns_of(kind))])
+    expected = Predictions(before.logits[:, :, everywhere], before.boxes[:, :, everywhere])
+    assert_same({"": after}, {"": expected}, atol=1e-4)
+    assert not torch.allclose(after.logits, before.logits, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -179,33 +213,208 @@ def test_uint8_and_normalised_pixels_agree(kind: str) -> None:
         assert_same(detector(replace(images, pixels=pixels)), detector(images), atol=5e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def starts_from_zero_content(detector: Detector, kind: str) -> bool:
+    return not detector.query_source.has_content and detector.denoising is None and patterns_of(kind) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS | DENOISED)
 def test_every_parameter_gets_a_gradient(kind: str) -> None:
-    """With one exception: before the zero content that DETR starts from, a norm has nothing to scale."""
+    """With exceptions where there is nothing to learn.
+
+    From zero content a norm has nothing to scale, and a projection nothing to multiply; what is added to all keys alike
+    changes no softmax; and where all that is read is equal, it does not matter where queries look. Rounding may leave
+    these last ones something.
+    """
     detector = detector_of(kind).train()
-    build_criterion(composed(kind))(detector(batch()), targets()).total.backward()
+    build_criterion(composed(kind))(detector(batch(), targets()), targets()).total.backward()
     bad = {name for name, p in detector.named_parameters() if p.grad is None or not p.grad.isfinite().all()}
     assert not bad
     unmoved = {name for name, p in detector.named_parameters() if p.grad is not None and not p.grad.any()}
-    assert unmoved == ({"decoder.layers.0.self_attention_residual.norm.weight"} if "pre-norm" in kind else set())
+    first, zero = "decoder.layers.0.self_attention", set()
+    if starts_from_zero_content(detector, kind):
+        names = [f"{first}_residual.norm.weight"] if "pre-norm" in kind else []
+        names += [f"{first}.{name}_proj.weight" for name in ("query_content", "key_content", "value")]
+        zero = {name for name, _ in detector.named_parameters()} & set(names)
+    assert zero <= unmoved
+    rounding = {name for name in unmoved - zero if "key_" in name or name.startswith(f"{first}.query_")}
+    assert unmoved == zero | rounding
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS | DENOISED)
 def test_bfloat16_autocast_trains_with_finite_numbers(kind: str) -> None:
     detector = detector_of(kind).train()
     criterion = build_criterion(composed(kind))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        said = detector(batch())
+        said = detector(batch(), targets())
     assert {one.logits.dtype for one in said.values()} == {one.boxes.dtype for one in said.values()} == {torch.float32}
     losses = criterion(said, targets())
     losses.total.backward()
     assert losses.total.isfinite() and all(part.isfinite() for part in losses.parts.values())
     for name, parameter in detector.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-    if kind in LEARNED:  # rounding may choose other proposals
+    if "two-stage" not in kind:  # rounding may choose other proposals
         with torch.no_grad():
-            exact = detector(batch())["match"]
+            exact = detector(batch(), targets())["match"]
         torch.testing.assert_close(said["match"].boxes, exact.boxes, rtol=0, atol=0.1)
+
+
+def crowd(*counts: int) -> Targets:
+    generator = torch.Generator().manual_seed(3)
+    labels = [torch.randint(0, CLASSES, (count,), generator=generator) for count in counts]
+    return Targets.from_lists(labels, [0.2 + 0.5 * torch.rand(count, 4, generator=generator) for count in counts])
+
+
+def trained(kind: str) -> Detector:
+    """In training, with noise that is the same each time, and a backbone that does as in evaluation."""
+    detector = detector_of(kind).train()
+    detector.backbone.eval()
+    assert detector.denoising is not None
+    detector.denoising.draws = Draws(torch.Generator().manual_seed(5))
+    return detector
+
+
+@pytest.mark.parametrize("kind", DENOISED)
+def test_copies_are_a_group_in_training_only(kind: str) -> None:
+    detector, images, objects = trained(kind), batch(), crowd(3, 1)
+    said = detector(images, objects)
+    copies = said["denoise"]
+    assert copies.given is not None and copies.given.copies == GROUPS
+    assert copies.logits.shape == (3, 2, GROUPS * 3, columns_of(kind)) and copies.boxes.shape == (3, 2, GROUPS * 3, 4)
+    assert said["match"].given is None and said["match"].logits.shape[2] == 6 * patterns_of(kind)
+    assert copies.given.matched.sum(1).tolist() == [GROUPS * 3, GROUPS]
+    detector.eval()
+    with torch.no_grad():
+        without, with_targets = detector(images), detector(images, objects)
+    assert "denoise" not in without
+    assert_same(with_targets, without)
+
+
+@pytest.mark.parametrize("kind", DENOISED)
+def test_training_needs_the_targets(kind: str) -> None:
+    with pytest.raises(ValueError, match=r"denoising needs the targets in training: detector\(images, targets\)"):
+        trained(kind)(batch())
+
+
+@pytest.mark.parametrize("kind", DENOISED)
+def test_copies_do_not_change_what_the_other_queries_say(kind: str) -> None:
+    """Whatever they are, and how many; and it is as in evaluation."""
+    detector, images = trained(kind), batch()
+    with torch.no_grad():
+        few, many, none = (detector(images, crowd(*counts)) for counts in ((1, 2), (5, 0), (0, 0)))
+        alone = detector.eval()(images)
+    for said in (few, many, none):
+        said.pop("denoise")
+        assert_same(said, alone, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["dn detr", "dn dab", "dn deformable"])
+def test_without_the_mask_answers_leak(kind: str) -> None:
+    detector, images = trained(kind), batch()
+    assert detector.denoising is not None
+    detector.denoising.attention_mask = False
+    with torch.no_grad():
+        one, two = detector(images, crowd(1, 2)), detector(images, crowd(5, 0))
+    assert not torch.allclose(one["match"].logits, two["match"].logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", DENOISED)
+def test_who_learns_from_whom(kind: str) -> None:
+    """A copy's answers depend on its own group and on the queries that are matched, those on no copy."""
+    detector, objects = trained(kind), crowd(2, 2)
+    leaves: list[Tensor] = []
+    assert detector.denoising is not None
+
+    def cut(module: torch.nn.Module, inputs: object, output: tuple[Queries, Given]) -> tuple[Queries, Given]:
+        leaves.append(output[0].content.detach().requires_grad_())
+        return replace(output[0], content=leaves[0]), output[1]
+
+    detector.denoising.register_forward_hook(cut)
+    said = detector(batch(), objects)
+    parts = {f"group {group}": slice(2 * group, 2 * group + 2) for group in range(GROUPS)}
+    parts["match"] = slice(2 * GROUPS, None)
+    for name, part in parts.items():
+        answers = said["match"] if name == "match" else said["denoise"]
+        own = slice(None) if name == "match" else part
+        wanted = answers.logits[:, :, own].sum() + answers.boxes[:, :, own].sum()
+        (gradient,) = torch.autograd.grad(wanted, leaves[0], retain_graph=True)
+        for other, there in parts.items():
+            assert bool(gradient[:, there].any()) == (other in (name, "match")), (name, other)
+
+
+@pytest.mark.parametrize("kind", DENOISED)
+def test_a_batch_without_objects_trains(kind: str) -> None:
+    """All processes wait for all gradients: that of the labels is zero, but not missing."""
+    detector, nothing = trained(kind), crowd(0, 0)
+    said = detector(batch(), nothing)
+    assert said["denoise"].logits.shape[2] == 0
+    losses = build_criterion(composed(kind))(said, nothing)
+    losses.total.backward()
+    assert losses.total.isfinite() and not any(part for name, part in losses.parts.items() if "denoise" in name)
+    assert not {name for name, parameter in detector.named_parameters() if parameter.grad is None}
+    assert detector.denoising is not None
+    gradient = detector.denoising.label_embed.weight.grad
+    assert gradient is not None and not gradient[:CLASSES].any()
+    assert bool(gradient[CLASSES].any()) == detector.denoising.fills_content
+
+
+@pytest.mark.parametrize("kind", DENOISED)
+def test_what_lies_in_the_padding_changes_no_copies(kind: str) -> None:
+    images, objects = batch(), crowd(3, 2)
+    garbage = torch.randint(0, 256, images.pixels.shape, dtype=torch.uint8)
+    spoiled = replace(images, pixels=torch.where(images.padding_mask[:, None], garbage, images.pixels))
+    with torch.no_grad():
+        assert_same(trained(kind)(spoiled, objects), trained(kind)(images, objects))
+
+
+@pytest.mark.parametrize("kind", ["dn detr", "dn dab", "dn deformable"])
+def test_a_crowded_image_costs_no_more_than_allowed(kind: str) -> None:
+    detector, objects = trained(kind), crowd(300, 2)
+    assert detector.denoising is not None
+    detector.denoising.max_queries = 20
+    said = detector(batch(), objects)
+    assert said["denoise"].logits.shape[2] == 20 and said["denoise"].given.copies == 1
+    losses = build_criterion(composed(kind))(said, objects)
+    losses.total.backward()
+    assert losses.total.isfinite()
+    given = said["denoise"].given
+    distances = [
+        float((said["denoise"].boxes[2, image, slot] - given.targets.boxes[image, slot]).detach().abs().sum())
+        for image, slot in given.matched.nonzero().tolist()
+    ]
+    assert len(distances) == 22
+    assert float(losses.parts["denoise/2/l1"]) == pytest.approx(sum(distances) / 22, rel=1e-4)
+
+
+@pytest.mark.parametrize("look_forward", [False, True])
+def test_boxes_reach_the_heads_of_the_layer_before_only_looking_forward(look_forward: bool) -> None:
+    """The loss of each layer's boxes, in a whole detector."""
+    kind = "refined, looking forward" if look_forward else "refined"
+    detector, criterion = detector_of(kind).train(), build_criterion(composed(kind))
+    said = detector(batch())["match"]
+    for layer in range(3):
+        detector.zero_grad()
+        here = Predictions(said.logits[layer : layer + 1].detach(), said.boxes[layer : layer + 1])
+        criterion({"match": here}, targets()).total.backward(retain_graph=True)
+        reached = {
+            index
+            for index, head in enumerate(detector.heads.box_heads)
+            if any(p.grad is not None and p.grad.any() for p in head.parameters())
+        }
+        assert reached == ({layer, layer - 1} - {-1} if look_forward else {layer})
+
+
+def test_shared_heads_learn_from_the_layer_after_only_looking_forward() -> None:
+    """DAB-DETR: the second layer's boxes move the first layer's, whose content the decoder's norm has not seen."""
+    gradients = []
+    for look_forward in (True, False):
+        detector = detector_of("dab")
+        detector.decoder.look_forward = look_forward
+        seen: list[Tensor] = []
+        detector.decoder.layers[0].register_forward_hook(lambda m, i, output, seen=seen: seen.append(output))
+        boxes = detector(batch())["match"].boxes
+        (gradient,) = torch.autograd.grad(boxes[1].sum(), seen[0])
+        gradients.append(gradient)
+    assert not torch.allclose(gradients[0], gradients[1], rtol=0.05)
 
 
 def test_detr_starts_as_officially() -> None:

@@ -73,6 +73,7 @@ def test_a_command_makes_a_detector(given):
     config = cli.COMMANDS[name].config
     if cli.COMMANDS[name].composed and config not in (None, "train"):  # It has settings of its own, and no detector.
         return validate(compose(config, overrides))
+    overrides = [*cli.COMMANDS[name].assumed, *overrides]
     if "..." in overrides:  # Stands for what else a reader's own run needs.
         overrides = ["data.root=.", *(word for word in overrides if word != "...")]
     if name in ("ablate", "report"):

@@ -152,6 +152,12 @@ def _check_query_position(source: QuerySource, decoder: Decoder) -> None:
             "query_position=anchor makes positions of references alone, so those that this query source learns have no "
             "reader: use query_source=anchors (or content_anchors), or query_position=fixed"
         )
+    adds_pos = any(getattr(one, "query_pos_proj", None) is not None for one in decoder.layers.modules())
+    if position.reads_pos and not source.has_pos and decoder.reads_sine and adds_pos:
+        raise ConfigError(
+            "the first layer of cross_attention=conditional adds the queries' positions, and this query source has "
+            "none: use query_position=anchor, or a query source with positions, such as conditional_points"
+        )
     if position.reads_pos and not source.has_pos and not source.has_content:
         raise ConfigError(
             "query_position=fixed adds positions that this query source does not have, so all queries would be equal: "

@@ -30,6 +30,7 @@ class Command:
         examples: overrides to show.
         composed: False where the function takes the overrides as they are, because the config that they change lies
             in a checkpoint; ``config`` then only says which groups there are.
+        assumed: overrides that come before those typed: what must be given, and this command has no use for.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Command:
     function: str
     examples: tuple[str, ...]
     composed: bool = True
+    assumed: tuple[str, ...] = ()
 
     def run(self, overrides: Sequence[str]) -> None:
         """Compose, check, run."""
@@ -45,7 +47,7 @@ class Command:
 
         given: object = list(overrides)
         if self.composed and self.config:
-            given = compose(self.config, overrides)
+            given = compose(self.config, [*self.assumed, *overrides])
             validate(given)
         module, _, function = self.function.partition(":")
         getattr(importlib.import_module(module), function)(given)
@@ -60,7 +62,7 @@ class Command:
             raise DetfamilyError(f"{self.name} has no settings")
         if not self.composed:
             raise DetfamilyError(f"{self.name} has no config of its own: it is the one inside the checkpoint")
-        cfg = compose(self.config, overrides)
+        cfg = compose(self.config, [*self.assumed, *overrides])
         print(OmegaConf.to_yaml(OmegaConf.create(to_container(cfg))), end="")
         validate(cfg)
 
@@ -157,6 +159,18 @@ COMMANDS = {
                 "experiments/deformable_detr/variants.yaml",
                 "runs/ablate/deformable_detr/variants-mini",
             ),
+        ),
+        Command(
+            "info",
+            "show what a model consists of, its parameters and GFLOPs, and the published figures beside them",
+            "train",
+            "detfamily.info.command:info",
+            (
+                "experiment=deformable_detr_r50",
+                "family=dab_detr backbone=resnet101 data=coco info.size=[800,1333]",
+                "info.table=true",
+            ),
+            assumed=("data.root=.",),
         ),
         Command(
             "doctor",

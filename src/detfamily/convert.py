@@ -24,8 +24,8 @@ from detfamily.checkpoints.official import (
     translate,
 )
 from detfamily.checkpoints.read import read_file
-from detfamily.checkpoints.registry import upstream_for
-from detfamily.checkpoints.variant import as_override
+from detfamily.checkpoints.registry import UPSTREAMS, recognise
+from detfamily.checkpoints.variant import IN_TRAINING, as_override
 from detfamily.config import validate
 from detfamily.data.coco import read_object
 from detfamily.data.labels import LabelMap
@@ -41,10 +41,10 @@ _USAGE = "detfamily convert INPUT OUTPUT [categories=ANNOTATIONS.json] [override
 def convert(words: Sequence[str]) -> Path:
     """``detfamily convert INPUT OUTPUT``: the direction follows from what INPUT is.
 
-    An official file (of DETR or Deformable DETR) becomes a checkpoint of ours that knows its config and labels, so
-    that ``detfamily evaluate``, ``predict`` and ``init_from`` need nothing else. Overrides of ``detfamily train``
-    change that config. ``categories=`` is the COCO json whose categories the columns of the class head stand for;
-    without it, 91 columns are COCO's. A checkpoint of ours becomes an official file, {model, args}.
+    An official file becomes a checkpoint of ours that knows its config and labels, so that ``detfamily evaluate``,
+    ``predict`` and ``init_from`` need nothing else. Overrides of ``detfamily train`` change that config.
+    ``categories=`` is the COCO json whose categories the columns of the class head stand for; without it, 91 columns
+    are COCO's. A checkpoint of ours becomes an official file, {model, args}.
 
     Returns:
         The file that was written.
@@ -124,7 +124,7 @@ def _words(found: Translated) -> list[tuple[str, str]]:
     assumed = [
         f"{as_override(key, variant.fields[key])} ({why})"
         for key, why in variant.assumed.items()
-        if key in variant.fields and key not in given and key != "model.dropout"
+        if key in variant.fields and key not in given and why != IN_TRAINING
     ]
     if assumed:
         rows.append(("not told", f"the file does not say; taken as {', '.join(assumed)}; override what is otherwise"))
@@ -171,7 +171,7 @@ def _to_official(state: dict[str, Any], source: Path, target: Path) -> list[tupl
     rows = content["args"]["num_classes"]
     moved = "" if official_label_map(label_map) == label_map else ", moved to the columns of their category ids"
     return [
-        ("written as", f"{upstream_for(state['template']['family_name']).repository}: {target}"),
+        ("written as", f"{UPSTREAMS[recognise(content['model'], str(target))].repository}: {target}"),
         ("weights", "the averaged ones" if averaged else "the trained ones"),
         ("tensors", f"{len(content['model'])}, under 'model'; settings under 'args'"),
         ("labels", f"{rows} columns, {label_map.num_categories} categories{moved}"),

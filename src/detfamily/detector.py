@@ -63,6 +63,8 @@ class Detector(nn.Module):
         self.encoder_position = encoder_position
         self.encoder = encoder
         self.memory_position = memory_position
+        if not decoder.query_position.reads_pos:
+            query_source.drop_unread_positions()
         self.query_source = query_source
         self.patterns = patterns
         self.denoising = None

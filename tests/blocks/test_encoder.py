@@ -1,19 +1,34 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from detfamily.attention import DenseAttention
 from detfamily.blocks.encoder import Encoder, EncoderLayer
-from detfamily.blocks.layers import FeedForward, PostNorm, PreNorm
+from detfamily.blocks.layers import MLP, FeedForward, PostNorm, PreNorm
+from detfamily.blocks.position import SinePosition
+from detfamily.blocks.tokens import resize_mask
 from detfamily.structures import Grid, Tokens
 
 WIDTH, HEADS, HIDDEN = 12, 3, 20
 ATTENTION = partial(DenseAttention, embed_dim=WIDTH, num_heads=HEADS)
 FFN = partial(FeedForward, embed_dim=WIDTH, hidden_dim=HIDDEN, activation=nn.ReLU)
+
+
+OFFICIAL = {  # and PyTorch's
+    "attention.in_proj.weight": "self_attn.in_proj_weight",
+    "attention.in_proj.bias": "self_attn.in_proj_bias",
+    "attention.out_proj.": "self_attn.out_proj.",
+    "ffn.linear1.": "linear1.",
+    "ffn.linear2.": "linear2.",
+    "attention_residual.norm.": "norm1.",
+    "ffn_residual.norm.": "norm2.",
+}
 
 
 def layer(pre_norm: bool = False, ffn: bool = True) -> EncoderLayer:
@@ -31,18 +46,9 @@ def tokens(pos: bool = True) -> Tokens:
 
 
 def copy_from(ours: EncoderLayer, theirs: nn.TransformerEncoderLayer) -> None:
-    names = {
-        "self_attn.in_proj_weight": "attention.in_proj.weight",
-        "self_attn.in_proj_bias": "attention.in_proj.bias",
-        "self_attn.out_proj.": "attention.out_proj.",
-        "linear1.": "ffn.linear1.",
-        "linear2.": "ffn.linear2.",
-        "norm1.": "attention_residual.norm.",
-        "norm2.": "ffn_residual.norm.",
-    }
     state = {}
     for name, value in theirs.state_dict().items():
-        (old, new) = next(pair for pair in names.items() if name.startswith(pair[0]))
+        (new, old) = next(pair for pair in OFFICIAL.items() if name.startswith(pair[1]))
         state[name.replace(old, new)] = value
     ours.load_state_dict(state)
 
@@ -95,3 +101,66 @@ def test_layers_one_after_another_keep_position_and_geometry() -> None:
     torch.testing.assert_close(output.content, encoder.norm(x))
     assert output.pos is given.pos and output.grid is given.grid and output.reference_points is given.reference_points
     assert len({id(parameter) for parameter in encoder.parameters()}) == 3 * 12 + 2  # layers share nothing
+
+
+def test_positions_are_scaled_by_what_each_layers_input_says() -> None:
+    """The official DAB-DETR: before every layer, the first one, too; the positions themselves stay."""
+    torch.manual_seed(0)
+    encoder, given = Encoder(layer, 3, nn.LayerNorm(WIDTH), pos_scale=nn.Linear(WIDTH, WIDTH)), tokens()
+    assert encoder.pos_scale is not None and given.pos is not None
+    x: Tensor = given.content
+    for one in encoder.layers:
+        x = one(Tokens(x, given.pos * encoder.pos_scale(x), given.reference_points, given.grid))
+    output = encoder(given)
+    torch.testing.assert_close(output.content, encoder.norm(x))
+    assert output.pos is given.pos
+    output.content.square().sum().backward()
+    assert encoder.pos_scale.weight.grad is not None and encoder.pos_scale.weight.grad.any()
+
+
+def test_without_positions_there_is_nothing_to_scale() -> None:
+    encoder, given = Encoder(layer, 1, nn.Identity(), pos_scale=nn.Linear(WIDTH, WIDTH)), tokens(pos=False)
+    torch.testing.assert_close(encoder(given).content, encoder.layers[0](given))
+
+
+@pytest.mark.parametrize("family", ["dab_detr", "dn_dab_detr"])
+@torch.no_grad()
+def test_official_encoder_with_scaled_positions(goldens: Path, family: str) -> None:
+    """From the projected map to the memory, and what the positions are multiplied by."""
+    folder = goldens / family / "base"
+    io, weights = load_file(folder / "io.safetensors"), load_file(folder / "weights.safetensors")
+    hidden = weights["transformer.encoder.layers.0.linear1.bias"].shape[0]
+    encoder = Encoder(
+        partial(
+            EncoderLayer,
+            partial(DenseAttention, 64, 8),
+            partial(FeedForward, 64, hidden, nn.PReLU),
+            partial(PostNorm, 64),
+        ),
+        2,
+        nn.Identity(),
+        pos_scale=MLP(64, 64, 64, 2),
+    )
+    names = {**OFFICIAL, "ffn.activation.": "activation."}
+    state = {}
+    for name in encoder.state_dict():
+        if name.startswith("pos_scale."):
+            state[name] = weights[name.replace("pos_scale.", "transformer.encoder.query_scale.")]
+        else:
+            _, index, rest = name.split(".", 2)
+            (ours, theirs) = next(pair for pair in names.items() if rest.startswith(pair[0]))
+            state[name] = weights[f"transformer.encoder.layers.{index}.{rest.replace(ours, theirs)}"]
+    encoder.load_state_dict(state)
+    mask = resize_mask(io["mask"], io["features.0"].shape[-2:])
+    pos = SinePosition(64, temperature=20.0)([mask])[0].flatten(2).transpose(1, 2)
+    grid = Grid((tuple(mask.shape[-2:]),), mask.flatten(1), torch.ones(2, 1, 2))
+    content = nn.functional.conv2d(io["features.0"], weights["input_proj.weight"], weights["input_proj.bias"])
+    scales: list[Tensor] = []
+    assert encoder.pos_scale is not None
+    encoder.pos_scale.register_forward_hook(lambda module, inputs, output: scales.append(output))
+    memory = encoder(Tokens(content.flatten(2).transpose(1, 2), pos, grid=grid))
+    torch.testing.assert_close(memory.content, io["mid.encoder_memory"], rtol=0, atol=3e-5)
+    assert len(scales) == 2
+    if family == "dab_detr":
+        for index, scale in enumerate(scales):
+            torch.testing.assert_close(scale, io[f"mid.encoder_pos_scale.{index}"], rtol=0, atol=3e-5)

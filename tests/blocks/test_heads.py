@@ -64,7 +64,9 @@ def test_each_layer_speaks_through_its_head_about_its_reference(shared: bool) ->
         torch.testing.assert_close(said.boxes[layer], logit.sigmoid(), rtol=1e-4, atol=1e-5)
         refined = ours.refine(layer, hidden[layer], reference)
         torch.testing.assert_close(refined, said.boxes[layer])
-        assert not refined.requires_grad
+        last = ours.box_heads[index].layers[-1].bias
+        (gradient,) = torch.autograd.grad(refined.sum(), last)  # whether it is wanted is for the decoder to say
+        assert gradient.all()
 
 
 def test_sixteen_bit_content_gives_boxes_of_full_precision() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from detfamily.blocks.heads import BoxHead, SigmoidClassHead
 from detfamily.blocks.queries import LearnedQueries, ProposalQueries, proposal_boxes
+from detfamily.blocks.references import CenterReference, LearnedReference, LinearReference, MLPReference
 from detfamily.blocks.tokens import flatten_maps, resize_mask
 from detfamily.structures import Tokens
 
@@ -111,6 +112,18 @@ def test_position_and_content_come_from_the_box(mixed: bool) -> None:
             torch.testing.assert_close(queries.content[b, n], code[WIDTH:], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_positions_that_nobody_reads_are_dropped_where_nothing_else_needs_them(mixed: bool) -> None:
+    kept, dropped = source(mixed=mixed), source(mixed=mixed)
+    dropped.drop_unread_positions()
+    (before, _), (after, _) = kept(memory_tokens()), dropped(memory_tokens())
+    assert torch.equal(after.content, before.content) and (after.pos is None) == (not dropped.has_pos) == mixed
+    gone = {name for name, _ in kept.named_parameters()} - {name for name, _ in dropped.named_parameters()}
+    assert gone == (
+        {f"pos_{part}.{kind}" for part in ("proj", "norm") for kind in ("weight", "bias")} if mixed else set()
+    )
+
+
 def test_more_queries_than_tokens() -> None:
     with pytest.raises(ValueError, match="num_queries=61 proposals are wanted from 60 tokens"):
         source(61)(memory_tokens())
@@ -118,10 +131,10 @@ def test_more_queries_than_tokens() -> None:
 
 def test_learned_queries_of_detr() -> None:
     torch.manual_seed(0)
-    ours = LearnedQueries(200, WIDTH, learn_pos=True, learn_content=False, has_reference=False)
+    ours = LearnedQueries(200, WIDTH, learn_pos=True, learn_content=False)
     queries, proposals = ours(memory_tokens())
     assert proposals is None and queries.reference_points is None and ours.reference_dim is None
-    assert ours.pos is not None and queries.pos is not None
+    assert ours.pos is not None and queries.pos is not None and ours.has_pos and not ours.has_content
     assert torch.equal(queries.content, torch.zeros(2, 200, WIDTH))
     assert torch.equal(queries.pos[0], ours.pos) and torch.equal(queries.pos[1], ours.pos)
     assert abs(float(ours.pos.detach().std()) - 1) < 0.1
@@ -129,24 +142,50 @@ def test_learned_queries_of_detr() -> None:
 
 def test_learned_queries_of_deformable_detr() -> None:
     torch.manual_seed(0)
-    ours = LearnedQueries(7, WIDTH, learn_pos=True, learn_content=True, has_reference=True)
+    reference = partial(LinearReference, embed_dim=WIDTH)
+    ours = LearnedQueries(7, WIDTH, learn_pos=True, learn_content=True, reference=reference)
     queries, _ = ours(memory_tokens())
-    assert ours.reference_head is not None and ours.pos is not None and ours.content is not None
-    assert ours.reference_dim == 2 and queries.reference_points is not None
+    assert isinstance(ours.reference, LinearReference) and ours.pos is not None and ours.content is not None
+    assert ours.reference_dim == 2 and queries.reference_points is not None and ours.has_pos and ours.has_content
     assert torch.equal(queries.content[1], ours.content)
-    expected = torch.special.expit(ours.pos @ ours.reference_head.weight.T)
+    expected = torch.special.expit(ours.pos @ ours.reference.weight.T)
     torch.testing.assert_close(queries.reference_points, expected.expand(2, -1, -1))
-    assert not ours.reference_head.bias.any()
+    assert not ours.reference.bias.any()
+
+
+@pytest.mark.parametrize("dim", [2, 4])
+def test_learned_queries_of_dab_detr(dim: int) -> None:
+    """Anchors are all that is learned, and the same for every image."""
+    ours = LearnedQueries(7, WIDTH, False, False, partial(LearnedReference, dim=dim))
+    queries, _ = ours(memory_tokens())
+    assert ours.reference_dim == dim and not ours.has_pos and not ours.has_content
+    assert queries.pos is None and queries.sine is None and not queries.content.any()
+    assert queries.reference_points is not None and queries.reference_points.shape == (2, 7, dim)
+    assert torch.equal(queries.reference_points[0], queries.reference_points[1])
+    names = {"reference.center_logit"} | ({"reference.size_logit"} if dim == 4 else set())
+    assert {name for name, _ in ours.named_parameters()} == names
+    queries.reference_points.sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.all() for parameter in ours.parameters())
 
 
 def test_learned_at_input_has_content_only() -> None:
-    ours = LearnedQueries(7, WIDTH, learn_pos=False, learn_content=True, has_reference=False)
+    ours = LearnedQueries(7, WIDTH, learn_pos=False, learn_content=True)
     queries, _ = ours(memory_tokens())
     assert queries.pos is None and [name for name, _ in ours.named_parameters()] == ["content"]
 
 
+def test_the_last_channel_is_left_to_an_indicator() -> None:
+    ours = LearnedQueries(7, WIDTH, learn_pos=True, learn_content=True, indicator=True)
+    queries, _ = ours(memory_tokens())
+    assert ours.content is not None and ours.content.shape == (7, WIDTH - 1)
+    assert torch.equal(queries.content[1, :, :-1], ours.content) and not queries.content[..., -1].any()
+    assert queries.pos is not None and queries.pos.shape == (2, 7, WIDTH)
+
+
 def test_queries_that_nothing_tells_apart_are_refused() -> None:
-    with pytest.raises(ValueError, match="would make all queries equal"):
-        LearnedQueries(7, WIDTH, learn_pos=False, learn_content=False, has_reference=False)
-    with pytest.raises(ValueError, match="reads the reference from the position"):
-        LearnedQueries(7, WIDTH, learn_pos=False, learn_content=True, has_reference=True)
+    for reference in (None, CenterReference):
+        with pytest.raises(ValueError, match="would make all queries equal"):
+            LearnedQueries(7, WIDTH, learn_pos=False, learn_content=False, reference=reference)
+    for reader in (LinearReference, MLPReference):
+        with pytest.raises(ValueError, match=r"query_source\.reference is read from the position: learn_pos=true"):
+            LearnedQueries(7, WIDTH, False, True, reference=partial(reader, embed_dim=WIDTH))

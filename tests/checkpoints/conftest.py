@@ -12,11 +12,28 @@ from detfamily.build import build_detector
 from detfamily.config import build, compose
 from detfamily.detector import Detector
 from detfamily.parity.case import Case
-from detfamily.parity.families import deformable_detr, detr
+from detfamily.parity.families import (
+    conditional_detr,
+    dab_deformable_detr,
+    dab_detr,
+    deformable_detr,
+    detr,
+    dn_dab_deformable_detr,
+    dn_dab_detr,
+)
 
-FAMILIES = {"detr": detr, "deformable_detr": deformable_detr}
+FAMILIES = {
+    "detr": detr,
+    "deformable_detr": deformable_detr,
+    "conditional_detr": conditional_detr,
+    "dab_detr": dab_detr,
+    "dab_deformable_detr": dab_deformable_detr,
+    "dn_detr": dn_dab_detr,
+    "dn_deformable_detr": dn_dab_deformable_detr,
+}
 LOSS = {"loss_ce_coef": 1, "bbox_loss_coef": 5, "giou_loss_coef": 2, "cls_loss_coef": 2, "focal_alpha": 0.25}
 COST = {"set_cost_class": 1, "set_cost_bbox": 5, "set_cost_giou": 2, "eos_coef": 0.1, "dropout": 0.1}
+NOISE = {"scalar": 5, "label_noise_scale": 0.2, "box_noise_scale": 0.4}
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +44,7 @@ def official_detector() -> Callable[..., Detector]:
     """
 
     def make(family: str, args: dict[str, Any], columns: int, meta_backbone: bool = False) -> Detector:
-        everything = {**COST, **LOSS, **args}
+        everything = {**COST, **LOSS, **NOISE, **args}
         info = {"args": everything, "matcher_and_loss": {**everything, "weight_dict": {"loss_ce": 1, "loss_ce_enc": 1}}}
         cfg = compose("train", FAMILIES[family].overrides(Case(Path(), info, {}, {})))
         with torch.device("meta"):

@@ -57,5 +57,6 @@ def test_the_first_row_of_proposals_means_an_object_whatever_its_column():
 def test_which_tensors_have_a_row_per_class():
     for name in ("heads.class_heads.0.weight", "heads.class_heads.11.bias", "query_source.class_head.bias"):
         assert is_class_row(name) and is_first_row_special(name) == name.startswith("query")
+    assert is_class_row("denoising.label_embed.weight") and not is_first_row_special("denoising.label_embed.weight")
     for name in ("heads.box_heads.0.layers.0.weight", "query_source.box_head.layers.2.bias", "neck.levels.0.0.bias"):
         assert not is_class_row(name)

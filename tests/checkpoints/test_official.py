@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from detfamily.config import compose, to_container
 from detfamily.data.labels import LabelMap
 from detfamily.errors import CheckpointError, ConfigError, DataError
 from detfamily.parity.case import Case
-from detfamily.parity.families import deformable_detr, detr
 
 Read = Callable[[str], dict[str, Any]]
 DEFORMABLE = "r50_deformable_detr"
@@ -37,16 +37,24 @@ EXPERIMENTS = {
     f"{DEFORMABLE}{REFINE}_plus_plus_two_stage": "deformable_detr_r50_two_stage",
     f"{DEFORMABLE}_single_scale": "deformable_detr_r50_single_scale",
     f"{DEFORMABLE}_single_scale_dc5": "deformable_detr_r50_single_scale_dc5",
+    "dab_detr_r50": "dab_detr_r50",
+    "dab_detr_r50_3pat": "dab_detr_r50_3pat",
+    "dab_detr_r50_dc5": "dab_detr_r50_dc5",
+    "dab_deformable_detr_r50": "dab_deformable_detr_r50_v2",
+    "dab_deformable_detr_r50_fixxy": "dab_deformable_detr_r50_v2",
 }
 
 
 def family_of(name: str) -> str:
+    if name.startswith("dab_"):
+        return name.partition("_r50")[0]
     return "detr" if name.startswith("detr") else "deformable_detr"
 
 
 def stand_ins(stored_json: Read, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors of the official names and shapes that take no memory, and the official settings."""
-    found = stored_json(f"{family_of(name)}/checkpoint_keys.json")["variants"][name]
+    folder = "dab_detr" if name.startswith("dab_") else family_of(name)
+    found = stored_json(f"{folder}/checkpoint_keys.json")["variants"][name]
     state = {key: torch.zeros((), dtype=getattr(torch, dtype)).expand(shape) for key, shape, dtype in found["keys"]}
     return state, found["args"]
 
@@ -66,19 +74,34 @@ def test_what_model_a_file_is_of(stored_json: Read, name: str, with_args: bool) 
     assert file.family == family_of(name) and file.columns == 91
     variant = UPSTREAMS[file.family].variant(Evidence(file.state, file.args, f"{name}.pth"))
     assert variant.experiment == EXPERIMENTS[name] and not variant.doubts
-    assert set(variant.assumed) - {"model.num_queries"} == (
-        set() if with_args else {"backbone.dilation", "model.num_heads", "model.dropout"}
-    )
+    untold = {"backbone.dilation", "model.num_heads", "model.dropout"}
+    if file.family.startswith("dab_"):
+        untold |= {"query_source.reference.random_centers"}
+    if file.family == "dab_detr":
+        untold |= {"position.temperature", "postprocess.num_select"}
+    assert set(variant.assumed) - {"model.num_queries"} == (set() if with_args else untold)
     names = {"hidden_dim": "model.embed_dim", "nheads": "model.num_heads", "dim_feedforward": "model.ffn_dim"}
     names |= {"enc_layers": "encoder.num_layers", "dec_layers": "decoder.num_layers", "dropout": "model.dropout"}
     names |= {"num_queries": "model.num_queries", "dilation": "backbone.dilation"}
-    if file.family == "deformable_detr":
+    if "deformable" in file.family:
         names |= {"num_feature_levels": "model.num_levels", "enc_n_points": "model.num_points"}
         names |= {"dec_n_points": "cross_attention.num_points"}
+    if file.family.startswith("dab_"):
+        names |= {"num_patterns": "model.num_patterns"}
+        assert variant.fields["query_source.reference.random_centers"] == (args["random_refpoints_xy"] and with_args)
+        assert variant.fields["query_source.reference.freeze_centers"] is False
     assert {key: variant.fields[ours] for key, ours in names.items()} == {key: args[key] for key in names}
 
 
-@pytest.mark.parametrize("name", ["detr-r101-dc5", f"{DEFORMABLE}{REFINE}_plus_plus_two_stage"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "detr-r101-dc5",
+        f"{DEFORMABLE}{REFINE}_plus_plus_two_stage",
+        "dab_detr_r50_3pat",
+        "dab_deformable_detr_r50_fixxy",
+    ],
+)
 def test_a_full_size_file_becomes_ours(stored_json: Read, name: str) -> None:
     state, args = stand_ins(stored_json, name)
     found = translate(official(state, args))
@@ -88,6 +111,51 @@ def test_a_full_size_file_becomes_ours(stored_json: Read, name: str) -> None:
         own = build_detector(found.cfg, 91, pretrained=False).state_dict()
     assert {key: value.shape for key, value in found.weights.items()} == {key: v.shape for key, v in own.items()}
     assert found.label_map is not None and found.label_map.name(90) == "toothbrush"
+
+
+DENOISED = {
+    "scalar": 5,
+    "label_noise_scale": 0.2,
+    "box_noise_scale": 0.4,
+    "use_dn": True,
+    "transformer_activation": "prelu",
+}
+
+
+@pytest.mark.parametrize(
+    ("args", "patterns", "experiment"),
+    [
+        ({"dilation": True}, 0, "dn_detr_r50_dc5"),
+        ({"dilation": True}, 3, "dn_detr_r50_dc5_3pat_12ep"),
+        ({"dilation": False}, 0, "dn_detr_r50"),
+        ({"dilation": False}, 3, None),
+    ],
+)
+def test_denoising_shows_in_the_labels_that_it_embeds(
+    stored_json: Read, args: dict[str, Any], patterns: int, experiment: str | None
+) -> None:
+    state, stored = stand_ins(stored_json, "dab_detr_r50_3pat" if patterns else "dab_detr_r50")
+    stored |= {**DENOISED, **args, "num_patterns": patterns, "modelname": "dn_dab_detr"}
+    file = official({**state, "label_enc.weight": torch.zeros(92, 255)}, stored)
+    variant = UPSTREAMS[file.family].variant(Evidence(file.state, file.args, "a.pth"))
+    assert (file.family, variant.experiment) == ("dn_detr", experiment)
+    assert not variant.doubts and variant.fields["denoising.num_groups"] == 5
+
+
+def test_centres_that_were_to_stay_are_trained_ones(stored_json: Read) -> None:
+    """The official code means to freeze them, and does not: its weights belong to a model that trains them."""
+    state, args = stand_ins(stored_json, "dab_detr_r50_dc5")
+    found = translate(official(state, args | {"random_refpoints_xy": True}))
+    assert found.variant.experiment == "dab_detr_r50_dc5_fixed_xy"
+    reference = found.config["query_source"]["reference"]
+    assert (reference["random_centers"], reference["freeze_centers"]) == (True, False)
+
+
+def test_two_stages_with_anchors_are_read_with_a_warning(stored_json: Read) -> None:
+    state, args = stand_ins(stored_json, "dab_deformable_detr_r50_two_stage")
+    found = translate(official(state, args))
+    assert found.config["query_source"]["_target_"].endswith("ProposalQueries")
+    assert len(found.variant.doubts) == 1 and "nobody trained it" in found.variant.doubts[0]
 
 
 # -- small files, with everything in them ------------------------------------------------------------------------------
@@ -103,6 +171,26 @@ MODELS = {
     "refine": ["family=deformable_detr", "decoder=refine", "position=learned"],
     "two stages": ["family=deformable_detr", "decoder=refine", "query_source=proposals", "model.num_heads=4"],
     "single scale": ["family=deformable_detr", "model.stages=[5]", "model.num_levels=1"],
+    "conditional": ["family=conditional_detr", "model.num_heads=4"],
+    "dab": ["family=dab_detr"],
+    "dab with points": [
+        *("family=dab_detr", "model.anchor_dim=2", "query_position.modulate_wh=false", "query_scale=layer"),
+        *("position.temperature=10", "position.temperature_x=30", "ffn.activation._target_=torch.nn.GELU"),
+        *("residual.encoder_norm._target_=torch.nn.LayerNorm", "+residual.encoder_norm.normalized_shape=32"),
+    ],
+    "dab without refinement": [
+        *("family=dab_detr", "decoder=plain", "query_scale=scalar", "position=learned", "model.num_patterns=2"),
+    ],
+    "dab with box heads apart": [
+        *("family=dab_detr", "heads.shared_boxes=false", "cross_attention.add_query_pos=true"),
+        "query_source.reference.freeze_centers=true",
+    ],
+    "dn": ["family=dn_detr", "denoising.num_groups=3", "model.num_patterns=2", "postprocess.num_select=50"],
+    "dab deformable": ["family=dab_deformable_detr", "model.num_patterns=2", "model.num_points=3"],
+    "dab deformable without refinement": [
+        *("family=dab_deformable_detr", "decoder=plain", "model.stages=[5]", "model.num_levels=1"),
+    ],
+    "dn deformable": ["family=dab_deformable_detr", "denoising=dn", "denoising.label_noise=0.5"],
 }
 
 
@@ -134,20 +222,31 @@ def test_there_and_back(name: str) -> None:
         assert torch.equal(value, ours[key]), key
     resolved = to_container(cfg)
     assert computation(found.config) == computation(resolved)
+    for key in ("num_groups", "label_noise", "center_noise", "size_noise"):
+        assert (found.config["denoising"] or {}).get(key) == (resolved["denoising"] or {}).get(key)
+    assert found.config["postprocess"] == resolved["postprocess"]
 
 
-@pytest.mark.parametrize("case", ["detr/postnorm", "deformable_detr/base", "deformable_detr/two_stage"])
+GOLDEN = [
+    *("detr/postnorm", "deformable_detr/base", "deformable_detr/two_stage", "conditional_detr/base", "dab_detr/base"),
+    *("dab_deformable_detr/base", "dn_dab_detr/base"),
+]
+
+
+@pytest.mark.parametrize("case", GOLDEN)
 def test_the_model_of_a_golden_case(goldens: Path, case: str) -> None:
     """Its config is the one under which the golden results are reproduced, and its tensors go where they belong."""
     stored = Case.load(goldens / case)
-    family = {"detr": detr, "deformable_detr": deformable_detr}[stored.family]
+    family = import_module(f"detfamily.parity.families.{stored.family}")
+    ours = {"dn_dab_detr": "dn_detr"}.get(stored.family, stored.family)
     golden = load_file(goldens / case / "weights.safetensors")
-    body, _, _ = small("deformable" if stored.family == "deformable_detr" else "detr")
+    deformable = "deformable" in stored.family
+    body, _, _ = small("deformable" if deformable else "detr")
     grafted = {**{key: value for key, value in body.items() if key.startswith("backbone.")}, **golden}
     for key, value in golden.items():  # the cases have another backbone: its channels are all that must differ
         if key.startswith("input_proj.") and value.ndim == 4:
             level = key.split(".")[1]
-            channels = {"0": 128, "1": 256}.get(level, 512) if stored.family == "deformable_detr" else 512
+            channels = {"0": 128, "1": 256}.get(level, 512) if deformable else 512
             grafted[key] = torch.zeros(value.shape[0], channels, *value.shape[2:])
     args = {key: value for key, value in stored.info["args"].items() if not key.startswith("backbone")}
     number = stored.info["num_classes"]
@@ -161,7 +260,7 @@ def test_the_model_of_a_golden_case(goldens: Path, case: str) -> None:
     assert transformer(found.config) == transformer(wanted)
     with torch.device("meta"):
         detector = build_detector(found.cfg, number, pretrained=False)
-    adapter = adapter_for(stored.family, detector)
+    adapter = adapter_for(ours, detector)
     for key, value in golden.items():
         parts = [found.weights[name] for name in adapter.our_names(key)]
         if not (key.startswith("input_proj.") and value.ndim == 4):
@@ -298,10 +397,6 @@ def test_panoptic_models_are_refused_by_name(stored_json: Read) -> None:
 
 OTHERS = [
     ("dino", "dino/4scale_train", "DINO"),
-    ("conditional_detr", "conditional_detr/base", "Conditional DETR"),
-    ("dab_detr", "dab_detr/base", "DAB-DETR"),
-    ("dab_deformable_detr", "dab_deformable_detr/base", "DAB-DETR"),
-    ("dn_dab_detr", "dn_dab_detr/base", "DN-DETR, DINO"),
     ("co_detr", "co_detr/co_dino_train", "mmdetection"),
 ]
 
@@ -311,6 +406,74 @@ def test_files_of_other_projects_are_told_apart(goldens: Path, family: str, case
     state = load_file(goldens / case / "weights.safetensors")
     with pytest.raises(CheckpointError, match=f"is a file of .*{words}.*adapters for the official files of facebook"):
         read_official({"model": state}, Path("a.pth"))
+
+
+def test_relatives_are_told_apart_by_what_they_have_besides() -> None:
+    dn, _, _ = small("dn")
+    blind = {"transformer.decoder.layers.0.lvl_attn.weight": torch.zeros(4, 32)}
+    with pytest.raises(CheckpointError, match="DN-DETR with deformable attention in the encoder alone.*has .*lvl_attn"):
+        official({**dn, **blind})
+    deformable, _, _ = small("dn deformable")
+    for name in ("transformer.tgt_embed.weight", "transformer.enc_out_class_embed.weight"):
+        with pytest.raises(CheckpointError, match=f"is a file of DINO or one of its descendants .it has {name}"):
+            official({**deformable, name: torch.zeros(1)})
+    norm = {"transformer.decoder.norm.weight": torch.zeros(32)}
+    for more, args in ((norm, {}), ({}, {"modelname": "dn_dab_dino_deformable_detr"})):
+        with pytest.raises(CheckpointError, match="is a file of DINO .its decoder has a norm"):
+            translate(official({**deformable, **more}, args))
+    hybrid, _, _ = small("two stages")
+    with pytest.raises(CheckpointError, match="is a file of H-Deformable-DETR"):
+        translate(official({**hybrid, "query_embed.weight": torch.zeros(7, 32)}))
+    plain, _, _ = small("deformable")
+    with pytest.raises(CheckpointError, match="is a file of H-Deformable-DETR"):
+        translate(official(plain, {"num_queries_one2many": 1500}))
+
+
+RECOGNISED = ["detr", "deformable", "conditional", "dab", "dn", "dab deformable", "dn deformable"]
+
+
+@pytest.mark.parametrize("name", RECOGNISED)
+def test_one_missing_name_does_not_make_it_a_file_of_something_else(name: str) -> None:
+    state, cfg, _ = small(name)
+    family = "dn_deformable_detr" if name == "dn deformable" else cfg.family_name
+    marks = UPSTREAMS[family].marks
+    assert set(marks) <= set(state) and official(state).family == family
+    for mark in set(marks) - {"label_enc.weight"}:
+        assert official({key: value for key, value in state.items() if key != mark}).family == family, mark
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("dab", {"refpoint_embed.weight": torch.zeros(7, 3)}, "has 3 numbers for an anchor"),
+        ("dab", {"transformer.decoder.query_scale.layers.1.weight": torch.zeros(5, 32)}, "has 5 rows, expected 1 "),
+        ("dab", {"query_embed.weight": torch.zeros(7, 32)}, "unknown: query_embed.weight"),
+        ("dn", {"label_enc.weight": torch.zeros(91, 31)}, r"label_enc.weight \[91, 31\], expected \[92, 31\]"),
+        ("dn deformable", {"tgt_embed.weight": torch.zeros(7, 32)}, r"\[7, 32\], expected \[7, 31\]"),
+        ("conditional", {"transformer.encoder.norm.weight": torch.zeros(32)}, "pre-norm Conditional DETR"),
+    ],
+)
+def test_tensors_of_no_known_kind(name: str, change: dict[str, Tensor], words: str) -> None:
+    state, _, _ = small(name)
+    with pytest.raises(CheckpointError, match=words):
+        translate(official({**state, **change}))
+
+
+def test_activations_show_in_tensors_or_settings() -> None:
+    state, _, _ = small("dab")
+    without = {key: value for key, value in state.items() if "activation" not in key}
+    for content, args, kind, doubts in (
+        (state, {}, "PReLU", 0),
+        (state, {"transformer_activation": "relu"}, "PReLU", 1),
+        (without, {"transformer_activation": "gelu"}, "GELU", 0),
+        (without, {"transformer_activation": "prelu"}, "ReLU", 1),
+        (without, {}, "ReLU", 0),
+    ):
+        variant = UPSTREAMS["dab_detr"].variant(Evidence(content, args, "a.pth"))
+        assert variant.fields["ffn.activation._target_"] == f"torch.nn.{kind}" and len(variant.doubts) == doubts
+    assert "ffn.activation._target_" in variant.assumed
+    with pytest.raises(CheckpointError, match="transformer_activation is 'glu', expected one of prelu, relu"):
+        UPSTREAMS["dab_detr"].variant(Evidence(without, {"transformer_activation": "glu"}, "a.pth"))
 
 
 @pytest.mark.parametrize(
@@ -350,7 +513,7 @@ def test_what_columns_stand_for() -> None:
         label_map_for(CATEGORIES, 5, "x.json")
 
 
-@pytest.mark.parametrize("name", ["detr", "two stages"])
+@pytest.mark.parametrize("name", ["detr", "two stages", "dn"])
 def test_contiguous_columns_go_to_their_category_ids(name: str) -> None:
     _, cfg, ours = small(name, columns=2)
     labels = LabelMap.contiguous(CATEGORIES)
@@ -363,6 +526,9 @@ def test_contiguous_columns_go_to_their_category_ids(name: str) -> None:
     assert (bias[[0, 1, 2, 4, 5, 6]] < -50).all()
     if name == "detr":
         assert torch.equal(weight[8], source[2])
+    elif name == "dn":
+        labels_embedded = content["model"]["label_enc.weight"]
+        assert torch.equal(labels_embedded[[3, 7, 8]], ours["denoising.label_embed.weight"])  # boat, buoy, unknown
     else:  # the official code takes proposals by the first column
         assert torch.equal(content["model"]["class_embed.2.weight"][0], ours["query_source.class_head.weight"][0])
 
@@ -375,6 +541,12 @@ def test_contiguous_columns_go_to_their_category_ids(name: str) -> None:
         (["family=detr", "encoder_position=at_input"], "encoder_position"),
         (["family=deformable_detr", "normalize.mean=[0,0,0]"], "normalize.mean"),
         (["family=deformable_detr", "decoder=refine", "query_source=proposals", "query_source.mixed=true"], "content"),
+        (["family=conditional_detr", "query_scale=scalar"], "no such model.*query_scale.layers.1.weight"),
+        (["family=conditional_detr", "denoising=dn"], "without an official counterpart: denoising"),
+        (["family=dab_detr", "query_scale=only_scale"], "query_position.scale._target_"),
+        (["family=dab_detr", "ffn.activation._target_=torch.nn.SiLU"], "transformer_activation is 'torch.nn.SiLU'"),
+        (["family=dab_detr", "residual=pre_norm"], "residual._target_"),
+        (["family=dab_deformable_detr", "ffn=mlp_prelu"], "without an official counterpart: .*activation"),
         (["family=deformable_detr", "neck=fpn"], "without an official counterpart: neck"),
         (["family=deformable_detr", "backbone=small"], "without an official counterpart: backbone"),
     ],

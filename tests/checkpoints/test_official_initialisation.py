@@ -1,4 +1,4 @@
-"""A model that is made anew starts where the official one starts: full-size Deformable DETR, three ways."""
+"""A model that is made anew starts where the official one starts: full-size models of the official builders."""
 
 from __future__ import annotations
 
@@ -12,20 +12,29 @@ import torch
 from detfamily.checkpoints import adapter_for
 from detfamily.detector import Detector
 
-STORED = ["base/official_r50_init.json", "base/official_r50_refine_init.json", "two_stage/official_r50_init.json"]
+STORED = {
+    "deformable_detr/base/official_r50_init.json": "deformable_detr",
+    "deformable_detr/base/official_r50_refine_init.json": "deformable_detr",
+    "deformable_detr/two_stage/official_r50_init.json": "deformable_detr",
+    "dab_deformable_detr/base/official_r50_init.json": "dab_deformable_detr",
+    "dn_dab_detr/base/official_r50_init.json": "dn_detr",
+}
+DRAWN = {"transformer.decoder.ref_anchor_head.layers.1.bias": 1 / math.sqrt(256)}
+"""Stored in full for its shortness, and drawn: uniform up to this bound, as PyTorch starts biases."""
 
 
 @pytest.mark.parametrize("name", STORED)
 def test_names_freezing_and_initial_values(
     stored_json: Callable[[str], dict[str, Any]], official_detector: Callable[..., Detector], name: str
 ) -> None:
-    stored = stored_json(f"deformable_detr/{name}")
+    stored, family = stored_json(name), STORED[name]
     torch.manual_seed(0)
-    detector = official_detector("deformable_detr", stored["args"], stored["num_classes"], meta_backbone=True)
-    adapter = adapter_for("deformable_detr", detector)
+    detector = official_detector(family, stored["args"], stored["num_classes"], meta_backbone=True)
+    adapter = adapter_for(family, detector)
     state = adapter.to_official(detector.state_dict())
     parameters = adapter.to_official(dict(detector.named_parameters()))
     assert set(state) == set(stored["tensors"]) and len(state) == stored["number_of_keys"]
+    assert set(adapter.to_ours(state)) == set(detector.state_dict())
     wrong = []
     for key, wanted in stored["tensors"].items():
         value = state[key]
@@ -35,6 +44,8 @@ def test_names_freezing_and_initial_values(
             assert parameters[key].requires_grad != wanted.get("frozen", False), key
         if "same_tensor_as" in wanted:
             assert torch.equal(value, state[wanted["same_tensor_as"]]), key
+        elif key in DRAWN:
+            assert all(0 < max(map(abs, one)) <= DRAWN[key] for one in (value.tolist(), wanted["init"]["values"])), key
         elif "init" in wanted and (problem := difference(value, wanted["init"])):
             wrong.append(f"{key}: {problem}")
     assert not wrong, "\n".join(wrong)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from detfamily.build import build_detector
 from detfamily.checkpoints import adapter_for
+from detfamily.config import compose
 from detfamily.detector import Detector
 from detfamily.errors import CheckpointError
+from detfamily.parity.case import Case
+from detfamily.parity.detection import StoredFeatures
 
 VARIANTS = [
     *(("detr", name) for name in ("detr-r50", "detr-r101", "detr-r50-dc5", "detr-r101-dc5")),
@@ -25,13 +31,30 @@ VARIANTS = [
             "_single_scale_dc5",
         )
     ),
+    *(("dab_detr", f"dab_detr_r50{suffix}") for suffix in ("", "_3pat", "_dc5")),
+    *(("dab_deformable_detr", f"dab_deformable_detr_r50{suffix}") for suffix in ("", "_fixxy", "_two_stage")),
 ]
+STORED = {
+    "detr": "detr",
+    "deformable_detr": "deformable_detr",
+    "dab_detr": "dab_detr",
+    "dab_deformable_detr": "dab_detr",
+}
+"""Family -> the golden family whose folder has its lists of names."""
+CASES = {
+    "conditional_detr": "conditional_detr",
+    "dab_detr": "dab_detr",
+    "dab_deformable_detr": "dab_deformable_detr",
+    "dn_dab_detr": "dn_detr",
+    "dn_dab_deformable_detr": "dn_deformable_detr",
+}
+"""Golden family -> ours, where names of weights are the list of names."""
 Read = Callable[[str], dict[str, Any]]
 Build = Callable[..., Detector]
 
 
 def variant(stored_json: Read, family: str, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = stored_json(f"{family}/checkpoint_keys.json")["variants"][name]
+    found: dict[str, Any] = stored_json(f"{STORED[family]}/checkpoint_keys.json")["variants"][name]
     return found
 
 
@@ -46,9 +69,9 @@ def stand_ins(found: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def test_no_variant_is_forgotten(stored_json: Read) -> None:
-    for family in ("detr", "deformable_detr"):
-        stored = stored_json(f"{family}/checkpoint_keys.json")["variants"]
-        assert {name for name in stored if "panoptic" not in name} == {v for f, v in VARIANTS if f == family}
+    for folder in set(STORED.values()):
+        stored = stored_json(f"{folder}/checkpoint_keys.json")["variants"]
+        assert {name for name in stored if "panoptic" not in name} == {v for f, v in VARIANTS if STORED[f] == folder}
 
 
 @pytest.mark.parametrize(("family", "name"), VARIANTS)
@@ -71,6 +94,24 @@ def test_all_names_there_and_back(stored_json: Read, official_detector: Build, f
     parameters = dict(detector.named_parameters())
     assert sum(p.numel() for p in parameters.values()) == found["num_parameters"]
     assert sum(p.numel() for p in parameters.values() if p.requires_grad) == found["num_trainable_parameters"]
+
+
+@pytest.mark.parametrize("folder", CASES)
+def test_all_names_of_golden_weights_there_and_back(goldens: Path, folder: str) -> None:
+    cases = [Case.load(path.parent) for path in sorted(goldens.glob(f"{folder}/*/weights.safetensors"))]
+    for case in cases:
+        cfg = compose("train", import_module(f"detfamily.parity.families.{folder}").overrides(case))
+        with torch.device("meta"):
+            backbone = StoredFeatures([case.io[key] for key in sorted(case.io) if key.startswith("features.")])
+            detector = build_detector(cfg, case.info["num_classes"], pretrained=False, backbone=backbone)
+        adapter = adapter_for(CASES[folder], detector)
+        ours = adapter.to_ours(case.weights)
+        assert set(ours) == {name for name in detector.state_dict() if not name.startswith("backbone.")}, case.name
+        back = adapter.to_official(ours)
+        assert set(back) == set(case.weights)
+        assert all(torch.equal(back[name], value) for name, value in case.weights.items())
+    if not cases:
+        pytest.skip(f"no golden case of {folder}")
 
 
 def test_a_damaged_checkpoint_is_refused(stored_json: Read, official_detector: Build) -> None:

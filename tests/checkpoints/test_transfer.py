@@ -19,6 +19,7 @@ from detfamily.data.labels import LabelMap
 from detfamily.detector import Detector
 from detfamily.engine import checkpoint
 from detfamily.errors import CheckpointError
+from detfamily.structures import Images
 
 SMALL = [
     *("backbone=resnet18", "backbone.weights=null", "model.embed_dim=32", "model.ffn_dim=48", "model.num_queries=7"),
@@ -26,6 +27,9 @@ SMALL = [
 ]
 DETR, PLAIN = ["family=detr"], ["family=deformable_detr"]
 TWO_STAGE = ["family=deformable_detr", "decoder=refine", "query_source=proposals"]
+CONDITIONAL, DAB, DN = ["family=conditional_detr"], ["family=dab_detr"], ["family=dn_detr"]
+DAB_DEFORMABLE, DN_DEFORMABLE = ["family=dab_deformable_detr"], ["family=dn_deformable_detr"]
+PATTERNS = ["model.num_patterns=2"]
 PETS = LabelMap((5, 6, 9), ("dog", "fish", "cat"))
 FARM = LabelMap((1, 2, 3, 4), ("cow", "cat", "sheep", "dog"))
 
@@ -92,7 +96,20 @@ def test_averaged_weights_are_those_to_start_from(tmp_path: Path) -> None:
     assert all(torch.equal(after[name], value) for name, value in averaged.items())
 
 
-@pytest.mark.parametrize("overrides", [DETR, PLAIN, TWO_STAGE])
+def test_rows_of_embedded_labels_go_over_by_name_and_that_of_unknown_always(tmp_path: Path) -> None:
+    key = "denoising.label_embed.weight"
+    source = write_ours(tmp_path / "a.pt", DN, FARM)
+    before, after, report = start(tmp_path / "a.pt", DN, PETS)
+    assert torch.equal(after[key][[0, 2, 3]], source[key][[3, 1, 4]])  # dog, cat, unknown
+    assert torch.equal(after[key][1], before[key][1])  # fish is new
+    assert torch.equal(after["heads.class_heads.0.bias"][[0, 2]], source["heads.class_heads.0.bias"][[3, 1]])
+    assert not report.warnings
+    source = write_official(tmp_path / "a.pth", DN, columns=3)
+    before, after, _ = start(tmp_path / "a.pth", DN, FARM)  # nobody knows which three
+    assert torch.equal(after[key][-1], source[key][-1]) and torch.equal(after[key][:-1], before[key][:-1])
+
+
+@pytest.mark.parametrize("overrides", [DETR, PLAIN, TWO_STAGE, CONDITIONAL, DAB, DN_DEFORMABLE])
 def test_an_official_file_is_read_as_it_is(tmp_path: Path, overrides: list[str]) -> None:
     source = write_official(tmp_path / "a.pth", overrides)
     before, after, report = start(tmp_path / "a.pth", overrides, PETS)
@@ -102,7 +119,8 @@ def test_an_official_file_is_read_as_it_is(tmp_path: Path, overrides: list[str])
     assert torch.equal(after[head][1], before[head][1])
     assert torch.equal(after["backbone.body.conv1.weight"], source["backbone.body.conv1.weight"])
     assert dict(report.rows)["classes"].startswith("2 of 3 by name (dog, cat); 1 new (fish); 78 of the checkpoint")
-    assert "of facebook" in report.rows[0][1] or "of fundamentalvision" in report.rows[0][1]
+    owners = {"detr": "facebook", "deformable_detr": "fundamentalvision", "conditional_detr": "Atten4Vis"}
+    assert f"of {owners.get(overrides[0].removeprefix('family='), 'IDEA-Research/D')}" in report.rows[0][1]
     assert not report.warnings
 
 
@@ -115,13 +133,23 @@ def test_a_head_whose_classes_nobody_knows_starts_anew(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("queries", "words"), [(5, "the first 5 of 7"), (9, "the first 7 of 7, 2 new")])
-@pytest.mark.parametrize("overrides", [DETR, PLAIN])
-def test_as_many_queries_go_over_as_both_have(tmp_path: Path, overrides: list[str], queries: int, words: str) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "keys"),
+    [
+        (DETR, ["pos"]),
+        (PLAIN, ["pos", "content"]),
+        (DAB_DEFORMABLE, ["content", "reference.center_logit", "reference.size_logit"]),
+    ],
+)
+def test_as_many_queries_go_over_as_both_have(
+    tmp_path: Path, overrides: list[str], keys: list[str], queries: int, words: str
+) -> None:
     source = write_ours(tmp_path / "a.pt", overrides, FARM)
     before, after, report = start(tmp_path / "a.pt", [*overrides, f"model.num_queries={queries}"], FARM)
     count = min(queries, 7)
-    assert torch.equal(after["query_source.pos"][:count], source["query_source.pos"][:count])
-    assert torch.equal(after["query_source.pos"][count:], before["query_source.pos"][count:])
+    for key in (f"query_source.{one}" for one in keys):
+        assert torch.equal(after[key][:count], source[key][:count])
+        assert torch.equal(after[key][count:], before[key][count:])
     assert dict(report.rows)["queries"] == words and not report.warnings
 
 
@@ -210,3 +238,68 @@ def test_what_a_file_does_not_tell_is_no_warning(tmp_path: Path) -> None:
     write_official(tmp_path / "a.pth", [*DETR, "model.num_heads=4"])
     _, _, report = start(tmp_path / "a.pth", [*DETR, "model.num_heads=4"], PETS)
     assert not report.warnings
+
+
+# -- denoising that comes or goes --------------------------------------------------------------------------------------
+
+
+def answers(detector: Detector) -> Tensor:
+    pixels = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    images = Images(pixels, torch.zeros(1, 64, 96, dtype=torch.bool), ((64, 96),), ((64, 96),), (0,))
+    with torch.inference_mode():
+        return detector.eval()(images)["match"].logits
+
+
+KEPT = [
+    (DAB, DN, "zero as before: so is the embedding of "),
+    ([*DN, *PATTERNS], [*DAB, *PATTERNS], "as before: the embedding of"),
+    (DN_DEFORMABLE, DAB_DEFORMABLE, "as before, with zero in the last channel"),
+]
+
+
+@pytest.mark.parametrize(("source", "target", "words"), KEPT)
+def test_denoising_comes_and_goes_and_detections_stay(
+    tmp_path: Path, source: list[str], target: list[str], words: str
+) -> None:
+    write_ours(tmp_path / "a.pt", source, FARM)
+    detector, config, _ = model(target, FARM)
+    with pytest.raises(CheckpointError, match=r"denoising\.label_embed\.weight.* init_partial=true takes what fits"):
+        start_from(detector, read_initial(tmp_path / "a.pt"), config, FARM)
+    report = start_from(detector, read_initial(tmp_path / "a.pt"), config, FARM, partial=True)
+    assert dict(report.rows)["content"].startswith(words)
+    assert any("denoising.label_embed.weight" in one for one in report.warnings)
+    wanted = answers(model(source, FARM, seed=1)[0])
+    torch.testing.assert_close(answers(detector), wanted, rtol=1e-5, atol=1e-5)
+
+
+LOST = [
+    (DN, DAB, 'content is no longer the embedding of "unknown"'),
+    (DAB_DEFORMABLE, DN_DEFORMABLE, "content goes over without the last channel"),
+]
+
+
+@pytest.mark.parametrize(("source", "target", "words"), LOST)
+def test_what_denoising_cannot_keep_is_a_warning(
+    tmp_path: Path, source: list[str], target: list[str], words: str
+) -> None:
+    weights = write_ours(tmp_path / "a.pt", source, FARM)
+    _, after, report = start(tmp_path / "a.pt", target, FARM, partial=True)
+    assert any(words in one for one in report.warnings), report.warnings
+    assert "content" not in dict(report.rows)
+    key = "query_source.reference.center_logit"
+    assert torch.equal(after[key], weights[key])
+    if "query_source.content" in after:
+        assert torch.equal(after["query_source.content"], weights["query_source.content"][:, :-1])
+
+
+def test_how_copies_were_noised_is_no_other_model(tmp_path: Path) -> None:
+    write_ours(tmp_path / "a.pt", [*DN, "denoising.num_groups=2", "denoising.center_noise=1.0"], FARM)
+    assert not start(tmp_path / "a.pt", [*DN, "query_source.reference.freeze_centers=true"], FARM)[2].warnings
+
+
+def test_what_settings_would_tell_is_not_held_against_a_file_without_them(tmp_path: Path) -> None:
+    chosen = [*DAB, "position.temperature=30", "ffn.activation._target_=torch.nn.GELU"]
+    write_official(tmp_path / "a.pth", chosen)
+    assert not start(tmp_path / "a.pth", chosen, PETS)[2].warnings
+    _, _, report = start(tmp_path / "a.pth", [*chosen, "position.offset=0.5"], PETS)
+    assert len(report.warnings) == 1 and "position.offset was 0.0, now 0.5" in report.warnings[0]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,8 @@ from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
 from detfamily.criterion import Criterion
 from detfamily.criterion.losses import FocalClassLoss, GIoULoss, L1Loss, SoftmaxClassLoss
 from detfamily.criterion.matcher import FocalClassCost, Matcher, SoftmaxClassCost
-from detfamily.criterion.rules import Hungarian
-from detfamily.structures import Predictions, Targets
+from detfamily.criterion.rules import Hungarian, Known
+from detfamily.structures import Given, Predictions, Targets
 
 COST = {"class": 1.5, "l1": 5.0, "giou": 2.0}
 WEIGHTS = {"class": 0.7, "l1": 5.0, "giou": 2.0}
@@ -22,7 +23,7 @@ NO_OBJECT, ALPHA, GAMMA = 0.1, 0.3, 2.0
 
 
 @dataclass(frozen=True)
-class Given:
+class Example:
     """Random predictions and objects, with a reference that looks at one layer and one image at a time."""
 
     kind: str
@@ -41,7 +42,11 @@ class Given:
             "matcher": Matcher(FocalClassCost() if focal else SoftmaxClassCost(), COST),
             "losses": {"class": loss, "l1": L1Loss(), "giou": GIoULoss()},
             "weights": WEIGHTS,
-            "groups": {"match": Hungarian(), "proposals": Hungarian(class_agnostic=True, weight=0.5)},
+            "groups": {
+                "match": Hungarian(),
+                "proposals": Hungarian(class_agnostic=True, weight=0.5),
+                "denoise": Known(weight=0.25),
+            },
             **settings,
         }
         return Criterion(**arguments)  # type: ignore[arg-type]
@@ -106,19 +111,111 @@ def random_boxes(*shape: int) -> Tensor:
     return torch.cat([torch.rand(*shape, 2), 0.05 + 0.4 * torch.rand(*shape, 2)], -1).double()
 
 
-Giver = Callable[..., Given]
+Giver = Callable[..., Example]
 
 
 @pytest.fixture(scope="session")
 def given() -> Giver:
     """Make predictions of a kind ("focal" or "softmax") for images with so many objects each."""
 
-    def make(kind: str, counts: Sequence[int], layers: int = 3, queries: int = 7, classes: int = 4) -> Given:
+    def make(kind: str, counts: Sequence[int], layers: int = 3, queries: int = 7, classes: int = 4) -> Example:
         torch.manual_seed(sum(counts) + queries)
         columns = classes + (kind == "softmax")
         logits = torch.randn(layers, len(counts), queries, columns, dtype=torch.float64)
         predictions = Predictions(logits.requires_grad_(), random_boxes(layers, len(counts), queries).requires_grad_())
         labels = [torch.randint(0, classes, (count,)) for count in counts]
-        return Given(kind, predictions, labels, [random_boxes(count) for count in counts])
+        return Example(kind, predictions, labels, [random_boxes(count) for count in counts])
+
+    return make
+
+
+@dataclass(frozen=True)
+class NoisedExample:
+    """Random predictions for copies of the objects of an example, with a reference that looks at one copy at a time.
+
+    Attributes:
+        example: whose objects are copied.
+        predictions: of the copies, group by group, with slots for the fullest image's objects.
+        others: (image, slot) of queries that are to find nothing.
+    """
+
+    example: Example
+    predictions: Predictions
+    others: list[tuple[int, int]]
+
+    def naive_losses(self, layer: int, num_boxes: float | None = None) -> dict[str, Tensor]:
+        assert self.predictions.given is not None
+        logits, boxes = self.predictions.logits[layer], self.predictions.boxes[layer]
+        most, groups = max(len(one) for one in self.example.labels), self.predictions.given.copies
+        focal, classes = self.example.kind == "focal", logits.shape[-1]
+        sums = {name: logits.new_zeros(()) for name in ("class", "l1", "giou")}
+        weights = 0.0
+        for image, (labels, wanted) in enumerate(zip(self.example.labels, self.example.boxes, strict=True)):
+            for group in range(groups):
+                for t, (label, box) in enumerate(zip(labels.tolist(), wanted, strict=True)):
+                    slot = group * most + t
+                    sums["class"] = sums["class"] + _class_loss(focal, logits[image, slot], label)
+                    sums["l1"] = sums["l1"] + F.l1_loss(boxes[image, slot], box, reduction="sum")
+                    sums["giou"] = sums["giou"] + 1 - _giou(boxes[image, slot][None], box[None])[0, 0]
+                    weights += 1
+        for image, slot in self.others:
+            nothing = _class_loss(focal, logits[image, slot], None if focal else classes - 1)
+            sums["class"] = sums["class"] + (nothing if focal else NO_OBJECT * nothing)
+            weights += NO_OBJECT
+        total = max(sum(len(one) for one in self.example.labels), 1) * groups
+        count = total if num_boxes is None else num_boxes
+        divisor = count if focal else (weights if weights else 1.0)
+        return {"class": sums["class"] / divisor, "l1": sums["l1"] / count, "giou": sums["giou"] / count}
+
+    def naive_total(self) -> Tensor:
+        total = torch.zeros((), dtype=self.predictions.logits.dtype)
+        for layer in range(len(self.predictions.logits)):
+            for name, value in self.naive_losses(layer).items():
+                total = total + WEIGHTS[name] * value
+        return total
+
+
+def _class_loss(focal: bool, logits: Tensor, label: int | None) -> Tensor:
+    """Of one query; None is nothing, which in softmax losses is a class."""
+    if not focal:
+        assert label is not None
+        return F.cross_entropy(logits[None], torch.tensor([label]))
+    one_hot = torch.zeros_like(logits)
+    if label is not None:
+        one_hot[label] = 1
+    return sigmoid_focal_loss(logits, one_hot, ALPHA, GAMMA, reduction="sum")
+
+
+Noiser = Callable[..., NoisedExample]
+
+
+@pytest.fixture(scope="session")
+def noised() -> Noiser:
+    """Make predictions for copies of an example's objects; ``others``: some queries are to find nothing."""
+
+    def make(example: Example, groups: int, layers: int = 3, others: bool = False, limit: int = 1000) -> NoisedExample:
+        torch.manual_seed(groups)
+        batch, most = len(example.labels), max(len(one) for one in example.labels)
+        columns = example.predictions.logits.shape[-1]
+        matched = torch.zeros(batch, groups * most, dtype=torch.bool)
+        labels = (
+            torch.randint(0, columns - 1, matched.shape)
+            if columns > 1
+            else torch.zeros(matched.shape, dtype=torch.int64)
+        )
+        boxes = random_boxes(*matched.shape)  # unused slots hold anything
+        for image, group in itertools.product(range(batch), range(groups)):
+            here = slice(group * most, group * most + len(example.labels[image]))
+            matched[image, here] = True
+            labels[image, here], boxes[image, here] = example.labels[image], example.boxes[image]
+        empty = (~matched).nonzero().tolist() if others else []
+        counted = matched.clone()
+        for image, slot in empty[::2]:
+            counted[image, slot] = True
+        counts = tuple(len(one) * groups for one in example.labels)
+        known = Given(Targets(labels, boxes, counts, tuple(range(batch))), matched, counted, groups, limit)
+        logits = torch.randn(layers, *matched.shape, columns, dtype=torch.float64)
+        said = Predictions(logits.requires_grad_(), random_boxes(layers, *matched.shape).requires_grad_(), known)
+        return NoisedExample(example, said, [(image, slot) for image, slot in empty[::2]])
 
     return make

@@ -11,11 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from detfamily.criterion import Normalizer
 from detfamily.criterion.losses import L1Loss
-from detfamily.criterion.rules import Hungarian
+from detfamily.criterion.rules import Hungarian, Known
 from detfamily.errors import NonFiniteError
 from detfamily.structures import Predictions, Targets
 
 Given = Callable[..., Any]
+Noised = Callable[..., Any]
 KINDS = ["focal", "softmax"]
 WEIGHTS = {"class": 0.7, "l1": 5.0, "giou": 2.0}
 
@@ -108,14 +109,15 @@ def test_the_watch_sees_what_waits() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_copy_to_the_host_in_a_step(given: Given, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_copy_to_the_host_in_a_step(
+    given: Given, noised: Noised, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, two = given(kind, [2, 0, 9]), given(kind, [2, 0, 9], layers=1, queries=11)
+    said = {"match": one.predictions, "proposals": two.predictions, "denoise": noised(one, 3).predictions}
     criterion, targets = one.criterion(), one.targets
     copies = count_copies(monkeypatch)
     with HostWatch() as watch:
-        losses = criterion(
-            {"match": one.predictions, "proposals": two.predictions}, targets, ride=torch.tensor([4.0, 5.0])
-        )
+        losses = criterion(said, targets, ride=torch.tensor([4.0, 5.0]))
         losses.total.backward()
     assert copies == ["cpu"] and watch.seen == []
     assert losses.ride is not None and losses.ride.tolist() == [4.0, 5.0]
@@ -164,6 +166,110 @@ def test_halves_of_a_batch_with_a_common_normalizer_add_up(given: Given, kind: s
         torch.testing.assert_close(halves(2) / 2, whole, rtol=1e-9, atol=1e-9)
 
 
+COPIES = [([2, 3], 4), ([2, 0, 5], 4), ([0, 0], 4), ([9, 1, 12], 4), ([3, 2], 1)]
+
+
+@pytest.mark.parametrize("others", [False, True])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize(("counts", "classes"), COPIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_answer_for_what_they_came_from(
+    given: Given, noised: Noised, kind: str, counts: list[int], classes: int, groups: int, others: bool
+) -> None:
+    """Losses and gradients as a naive loop; a copy without an object takes part only where it is said to."""
+    one = given(kind, counts, classes=classes)
+    copies = noised(one, groups, others=others)
+    losses = one.criterion()({"denoise": copies.predictions, "match": one.predictions}, one.targets)
+    for layer in range(3):
+        for name, expected in copies.naive_losses(layer).items():
+            torch.testing.assert_close(losses.parts[f"denoise/{layer}/{name}"], expected.detach(), rtol=1e-7, atol=1e-9)
+    expected_total = one.naive_total() + 0.25 * copies.naive_total()
+    torch.testing.assert_close(losses.total, expected_total, rtol=1e-7, atol=1e-9)
+    inputs = (copies.predictions.logits, copies.predictions.boxes)
+    ours = torch.autograd.grad(losses.total, inputs)
+    theirs = torch.autograd.grad(expected_total, inputs, allow_unused=True)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-6, atol=1e-8)
+
+
+def test_each_copy_is_assigned_its_own_object(given: Given, noised: Noised) -> None:
+    one = given("focal", [2, 3])
+    copies = noised(one, 2)
+    losses = one.criterion()({"denoise": copies.predictions, "match": one.predictions}, one.targets)
+    alone = one.criterion()({"match": one.predictions}, one.targets)
+    assignment = losses.assignments["denoise"]
+    assert torch.equal(assignment.query, torch.arange(6).expand(3, 2, -1))
+    assert assignment.matched[0].tolist() == [[True, True, False] * 2, [True] * 6]
+    for name in ("query", "matched"):
+        assert torch.equal(getattr(losses.assignments["match"], name), getattr(alone.assignments["match"], name))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_group_goes_without_the_losses_that_it_is_told_to(given: Given, noised: Noised, kind: str) -> None:
+    one = given(kind, [2, 3])
+    copies = noised(one, 2)
+    groups = {"match": Hungarian(left_out=["giou"]), "denoise": Known(weight=2.0, left_out=["class"])}
+    losses = one.criterion(groups=groups)({"denoise": copies.predictions, "match": one.predictions}, one.targets)
+    assert {part for part in losses.parts if "/1/" in part} == {
+        "match/1/class", "match/1/l1", "denoise/1/l1", "denoise/1/giou"
+    }  # fmt: skip
+    expected = torch.zeros((), dtype=torch.float64)
+    for layer in range(3):
+        own, theirs = one.naive_losses(layer), copies.naive_losses(layer)
+        expected = expected + sum(WEIGHTS[name] * own[name] for name in ("class", "l1"))
+        expected = expected + 2 * sum(WEIGHTS[name] * theirs[name] for name in ("l1", "giou"))
+    torch.testing.assert_close(losses.total, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_a_loss_to_be_left_out_is_there(given: Given) -> None:
+    with pytest.raises(ValueError, match=r"criterion\.groups\.denoise\.left_out: no loss 'clas'; did you mean 'class'"):
+        given("focal", [1]).criterion(groups={"match": Hungarian(), "denoise": Known(left_out=["clas"])})
+
+
+def test_copies_of_the_last_layer_alone(given: Given, noised: Noised) -> None:
+    one = given("focal", [2, 3])
+    copies = noised(one, 2)
+    losses = one.criterion(aux_loss=False)({"denoise": copies.predictions, "match": one.predictions}, one.targets)
+    assert {part.split("/")[1] for part in losses.parts} == {"2"}
+    for name, expected in copies.naive_losses(2).items():
+        torch.testing.assert_close(losses.parts[f"denoise/2/{name}"], expected.detach(), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("counts", [[2, 3, 9, 0], [1, 0, 0, 0], [0, 0, 0, 5], [12, 1, 1, 9]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_in_halves_of_a_batch_with_a_common_normalizer_add_up(
+    given: Given, noised: Noised, kind: str, counts: list[int]
+) -> None:
+    """Whatever the fullest image of each half is, and so the number of its slots."""
+    one = given(kind, counts)
+    copies, criterion = noised(one, 2), one.criterion()
+    whole = criterion({"match": one.predictions, "denoise": copies.predictions}, one.targets).total
+    known, most = copies.predictions.given, max(counts)
+
+    def half_of(half: slice) -> Predictions:
+        fullest = max(counts[half])
+        slots = torch.cat([torch.arange(fullest) + group * most for group in range(2)])
+        part = replace(
+            known,
+            targets=replace(
+                known.targets, labels=known.targets.labels[half, slots], boxes=known.targets.boxes[half, slots]
+            ),
+            matched=known.matched[half, slots],
+            counted=known.counted[half, slots],
+        )
+        return Predictions(copies.predictions.logits[:, half, slots], copies.predictions.boxes[:, half, slots], part)
+
+    for processes in (1, 2):
+        normalizer = Normalizer(torch.tensor(counts, dtype=torch.float64), processes)
+        total = torch.zeros((), dtype=torch.float64)
+        for half in (slice(0, 2), slice(2, 4)):
+            said = Predictions(one.predictions.logits[:, half], one.predictions.boxes[:, half])
+            targets = Targets.from_lists(one.labels[half], one.boxes[half])
+            total = total + criterion({"match": said, "denoise": half_of(half)}, targets, normalizer).total
+        if sum(counts) >= processes:  # fewer objects than processes: each divides by 1, as officially
+            torch.testing.assert_close(total / processes, whole, rtol=1e-9, atol=1e-9)
+
+
 def test_the_last_layer_alone(given: Given) -> None:
     one = given("focal", [2, 3])
     losses = one.criterion(aux_loss=False)({"match": one.predictions}, one.targets)
@@ -193,7 +299,9 @@ def test_a_group_of_weight_zero_is_reported_and_not_trained(given: Given) -> Non
 
 def test_groups_and_weights_that_make_no_sense(given: Given) -> None:
     one = given("focal", [1])
-    with pytest.raises(ValueError, match=r"a group 'dn', and criterion\.groups has only \['match', 'proposals'\]"):
+    with pytest.raises(
+        ValueError, match=r"a group 'dn', and criterion\.groups has only \['match', 'proposals', 'denoise'\]"
+    ):
         one.criterion()({"dn": one.predictions}, one.targets)
     with pytest.raises(ValueError, match=r"criterion\.weights\.gioo: there is no such loss; did you mean 'giou'"):
         one.criterion(weights={"class": 1, "l1": 1, "gioo": 1})

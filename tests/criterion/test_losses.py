@@ -6,7 +6,7 @@ import torch
 from detfamily.criterion import Normalizer
 from detfamily.criterion.losses import FocalClassLoss
 from detfamily.criterion.matcher import Assignment
-from detfamily.structures import Predictions, Targets
+from detfamily.structures import Given, Predictions, Targets
 
 
 def test_normalizer_counts_objects_per_process_and_one_at_least() -> None:
@@ -17,12 +17,41 @@ def test_normalizer_counts_objects_per_process_and_one_at_least() -> None:
     assert float(Normalizer(torch.tensor([1.0]), world_size=4).num_boxes()) == 1
 
 
+def ten_queries(known: Given | None = None) -> Predictions:
+    return Predictions(torch.zeros(1, 4, 10, 3), torch.zeros(1, 4, 10, 4), known)
+
+
+def copies(groups: int, limit: int = 1000) -> Given:
+    """In 10 slots of 4 images: 3 are matched in each, and 5 take part."""
+    matched = (torch.arange(10) < 3).expand(4, -1)
+    counted = (torch.arange(10) < 5).expand(4, -1)
+    targets = Targets(torch.zeros(4, 10, dtype=torch.int64), torch.rand(4, 10, 4), (3,) * 4, (0, 1, 2, 3))
+    return Given(targets, matched, counted, groups, limit)
+
+
 def test_normalizer_knows_how_many_queries_will_be_matched() -> None:
     counts = torch.tensor([3.0, 0.0, 12.0, 1.0])  # of 10 queries each: 3, 0, all 10, 1
-    matched, unmatched = Normalizer(counts).num_matched(10)
+    matched, unmatched = Normalizer(counts).num_matched(ten_queries())
     assert (float(matched), float(unmatched)) == (14, 26)
-    matched, unmatched = Normalizer(counts, world_size=2).num_matched(10)
+    matched, unmatched = Normalizer(counts, world_size=2).num_matched(ten_queries())
     assert (float(matched), float(unmatched)) == (7, 13)
+
+
+def test_copies_are_counted_as_often_as_they_answer() -> None:
+    counts = torch.tensor([3.0, 0.0, 12.0, 1.0])
+    plain = Normalizer(counts, world_size=2)
+    assert plain.of(ten_queries()) is plain
+    assert float(plain.of(ten_queries(copies(5))).num_boxes()) == 5 * 16 / 2
+    assert float(Normalizer(torch.zeros(2)).of(ten_queries(copies(5))).num_boxes()) == 5  # one object at least
+    matched, unmatched = plain.of(ten_queries(copies(5))).num_matched(ten_queries(copies(5)))
+    assert (float(matched), float(unmatched)) == (40, 4 * 2)
+
+
+def test_objects_that_have_no_copies_do_not_count_and_the_batch_at_hand_does_not_matter() -> None:
+    """Images of other processes may have more objects than the slots here."""
+    counts = torch.tensor([3.0, 0.0, 12.0, 1.0, 300.0])
+    assert float(Normalizer(counts).of(ten_queries(copies(2, limit=1000))).num_boxes()) == 2 * 316
+    assert float(Normalizer(counts).of(ten_queries(copies(2, limit=11))).num_boxes()) == 2 * (3 + 11 + 1 + 11)
 
 
 def test_focal_loss_of_extreme_logits_is_finite_and_so_is_its_gradient() -> None:

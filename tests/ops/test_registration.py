@@ -70,6 +70,10 @@ def test_the_op_itself_falls_back_to_the_reference_on_any_device(make_call: Make
         torch.testing.assert_close(actual, wanted)
     grads = registration._projected_backward(grad_output, inputs[0], shapes, *inputs[1:], False, False)
     assert grads[1].shape == (0,)
+    with torch._C._AutoDispatchBelowAutograd():  # as the dispatcher calls kernels
+        below = registration._projected_backward(grad_output, inputs[0], shapes, *inputs[1:], False, False)
+    for actual, wanted in zip(below, grads, strict=True):
+        torch.testing.assert_close(actual, wanted)
 
 
 class Sampler(nn.Module):

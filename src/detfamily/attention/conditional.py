@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detfamily.attention.dense import allowed
+from detfamily.attention.dense import allowed, check_heads
 from detfamily.blocks.layers import MLP
 from detfamily.structures import Queries, Tokens
 
@@ -28,7 +28,7 @@ class SplitDenseAttention(nn.Module):
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
-        _check_heads(embed_dim, num_heads)
+        check_heads(embed_dim, num_heads)
         self.num_heads = num_heads
         self.dropout = dropout
         self.query_content_proj = _linear(embed_dim)
@@ -76,7 +76,7 @@ class ConditionalAttention(nn.Module):
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, add_query_pos: bool = False) -> None:
         super().__init__()
-        _check_heads(embed_dim, num_heads)
+        check_heads(embed_dim, num_heads)
         self.num_heads = num_heads
         self.dropout = dropout
         self.query_content_proj = _linear(embed_dim)
@@ -180,11 +180,6 @@ class RescaledSine(nn.Module):
         assert query.sine is not None
         output: Tensor = self.attention(replace(query, sine=query.sine * self.scale(query.content)), source)
         return output
-
-
-def _check_heads(embed_dim: int, num_heads: int) -> None:
-    if embed_dim % num_heads:
-        raise ValueError(f"num_heads={num_heads} does not divide embed_dim={embed_dim}")
 
 
 def _linear(embed_dim: int) -> nn.Linear:

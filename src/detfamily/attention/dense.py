@@ -22,8 +22,7 @@ class DenseAttention(nn.Module):
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
-        if embed_dim % num_heads:
-            raise ValueError(f"num_heads={num_heads} does not divide embed_dim={embed_dim}")
+        check_heads(embed_dim, num_heads)
         self.num_heads = num_heads
         self.dropout = dropout
         # one matrix for query, key and value, and Xavier over the whole of it, as in torch.nn.MultiheadAttention
@@ -54,6 +53,12 @@ class DenseAttention(nn.Module):
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def check_heads(embed_dim: int, num_heads: int) -> None:
+    """Refuse heads that do not divide the width."""
+    if embed_dim % num_heads:
+        raise ValueError(f"num_heads={num_heads} does not divide embed_dim={embed_dim}")
 
 
 def allowed(source: Tokens, attention_mask: Tensor | None) -> Tensor | None:

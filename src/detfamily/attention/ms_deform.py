@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from detfamily.attention.dense import check_heads
 from detfamily.ops import ms_deform_attn_projected
 from detfamily.structures import Grid, Tokens
 
@@ -29,8 +30,7 @@ class MSDeformAttention(nn.Module):
 
     def __init__(self, embed_dim: int, num_heads: int, num_levels: int, num_points: int) -> None:
         super().__init__()
-        if embed_dim % num_heads:
-            raise ValueError(f"num_heads={num_heads} does not divide embed_dim={embed_dim}")
+        check_heads(embed_dim, num_heads)
         self.num_heads = num_heads
         self.num_levels = num_levels
         self.num_points = num_points

@@ -197,8 +197,6 @@ class Denoising(nn.Module):
     def _put_before(self, queries: Queries, copies: NoisedCopies, groups: int) -> Queries:
         count, others = copies.labels.shape[1], queries.content.shape[1]
         content, boxes = self.content_of(copies), self.box_logits_of(copies).sigmoid()
-        if count == 0:  # an embedding without a part in the loss would leave other processes waiting for its gradient
-            queries = replace(queries, content=queries.content + 0.0 * self.label_embed.weight.sum())
         pos, references = queries.pos, queries.reference_points
         if self.pos_head is not None:
             assert pos is not None

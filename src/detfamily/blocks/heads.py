@@ -66,6 +66,7 @@ class Heads(nn.Module):
         box_head: factory of a box head, (..., C) -> (..., 4).
         num_layers: decoder layers D.
         shared: one pair for all layers.
+        shared_boxes: whether the box head is; None as ``shared`` says.
         size_logit: start of the first (or only) box head's width and height, as a logit; the other heads refine what
             came before, and start at 0.
         eps: of the inverse sigmoid of reference points.
@@ -79,27 +80,33 @@ class Heads(nn.Module):
         shared: bool,
         size_logit: float = 0.0,
         eps: float = 1e-5,
+        shared_boxes: bool | None = None,
     ) -> None:
         super().__init__()
-        count = 1 if shared else num_layers
-        self.class_heads = nn.ModuleList(class_head() for _ in range(count))
-        self.box_heads = nn.ModuleList(box_head(size_logit=size_logit if i == 0 else 0.0) for i in range(count))
         self.shared = shared
+        self.shared_boxes = shared if shared_boxes is None else shared_boxes
+        classes, boxes = (1 if one else num_layers for one in (self.shared, self.shared_boxes))
+        self.class_heads = nn.ModuleList(class_head() for _ in range(classes))
+        self.box_heads = nn.ModuleList(box_head(size_logit=size_logit if i == 0 else 0.0) for i in range(boxes))
         self.eps = eps
 
     def forward(self, hidden: Sequence[Tensor], references: Sequence[Tensor | None]) -> Predictions:
         """Logits and boxes of all layers from [(B, N, C)] and the references that boxes are relative to."""
-        if self.shared:
-            stacked = torch.stack(list(hidden))
-            logits, deltas = self.class_heads[0](stacked), self.box_heads[0](stacked)
-        else:
-            logits = torch.stack([head(x) for head, x in zip(self.class_heads, hidden, strict=True)])
-            deltas = torch.stack([head(x) for head, x in zip(self.box_heads, hidden, strict=True)])
-        deltas = full_precision(deltas)
+        stacked = torch.stack(list(hidden))
+        logits = _of_layers(self.class_heads, stacked)
+        deltas = full_precision(_of_layers(self.box_heads, stacked))
         boxes = [apply_delta(delta, ref, self.eps) for delta, ref in zip(deltas, references, strict=True)]
         return Predictions(full_precision(logits), torch.stack(boxes))
 
     def refine(self, index: int, content: Tensor, reference_points: Tensor | None) -> Tensor:
         """(B, N, 4), the boxes that a layer's content says."""
-        head = self.box_heads[0 if self.shared else index]
+        head = self.box_heads[0 if self.shared_boxes else index]
         return apply_delta(full_precision(head(content)), reference_points, self.eps)
+
+
+def _of_layers(heads: nn.ModuleList, hidden: Tensor) -> Tensor:
+    """(D, B, N, C) through the one head of all layers, or through each layer's own."""
+    if len(heads) == 1:
+        shared: Tensor = heads[0](hidden)
+        return shared
+    return torch.stack([head(x) for head, x in zip(heads, hidden, strict=True)])

@@ -34,6 +34,9 @@ class QuerySource(nn.Module):
     has_pos: bool
     has_content: bool
 
+    def drop_unread_positions(self) -> None:
+        """Do without what makes positions alone: the decoder's query position does not read them."""
+
 
 class LearnedQueries(QuerySource):
     """Queries that are parameters, the same for every image.
@@ -145,8 +148,8 @@ class ProposalQueries(QuerySource):
         self.class_head = class_head()
         self.box_head = box_head()
         code_width = embed_dim if mixed else 2 * embed_dim
-        self.pos_proj = nn.Linear(2 * embed_dim, code_width)
-        self.pos_norm = nn.LayerNorm(code_width)
+        self.pos_proj: nn.Linear | None = nn.Linear(2 * embed_dim, code_width)
+        self.pos_norm: nn.LayerNorm | None = nn.LayerNorm(code_width)
         self.content = nn.Parameter(torch.randn(num_queries, embed_dim)) if mixed else None
         for linear in (self.memory_proj, self.pos_proj):
             nn.init.xavier_uniform_(linear.weight)
@@ -179,8 +182,17 @@ class ProposalQueries(QuerySource):
         tokens = self.memory_norm(self.memory_proj(memory.content.masked_fill(~usable[..., None], 0.0)))
         return full_precision(self.class_head(tokens)), full_precision(self.box_head(tokens)) + box_logits
 
-    def _encode(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    def drop_unread_positions(self) -> None:
+        """With learned content the code serves nothing else; otherwise the content comes from it, too."""
+        if self.content is not None:
+            self.has_pos = False
+            self.pos_proj = self.pos_norm = None
+
+    def _encode(self, boxes: Tensor) -> tuple[Tensor | None, Tensor]:
         """Position and content (B, N, C) from the sine code of x, y, w, h, in this order."""
+        if self.pos_proj is None or self.pos_norm is None:
+            assert self.content is not None
+            return None, self.content.expand(len(boxes), -1, -1)
         code = sine_code(boxes * (2 * math.pi), self.embed_dim // 2, temperature=10000.0).flatten(-2)
         code = self.pos_norm(self.pos_proj(code.to(self.pos_proj.weight.dtype)))
         if self.content is not None:

@@ -121,7 +121,10 @@ class AnchorPosition(QueryPosition):
         if dim not in (2, 4):
             raise ValueError(f"query_position.dim={dim}: an anchor is a point (2) or a box (4)")
         if modulate_wh and dim == 2:
-            raise ValueError("query_position.modulate_wh=true needs anchors with a size: model.anchor_dim=4")
+            raise ValueError(
+                "query_position.modulate_wh=true needs anchors with a size: model.anchor_dim=4, or "
+                "query_position.modulate_wh=false"
+            )
         self.embed_dim = embed_dim
         self.reference_dim = self.needs_reference = dim
         self.scale_by_valid = scale_by_valid

@@ -1,4 +1,4 @@
-"""Rows of class heads that go from one set of classes to another, by the classes' names."""
+"""Rows of class heads and of embedded labels that go from one set of classes to another, by the classes' names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from torch import Tensor
 
 from detfamily.data.labels import LabelMap
 
-_CLASS_ROWS = re.compile(r"(heads\.class_heads\.\d+|query_source\.class_head)\.(weight|bias)")
+LABEL_EMBED = "denoising.label_embed.weight"
+"""A row per class, and a last one for "unknown", which queries without content of their own start from."""
+
+_CLASS_ROWS = re.compile(rf"(heads\.class_heads\.\d+|query_source\.class_head)\.(weight|bias)|{re.escape(LABEL_EMBED)}")
 _PROPOSALS = "query_source.class_head."
 
 
@@ -51,13 +54,13 @@ def move_rows(
 ) -> Tensor:
     """A copy of the target whose rows come from the source where the classes' names agree.
 
-    Rows after the last class ("no object") go to their counterparts.
+    Rows after the last class ("no object", "unknown") go to their counterparts.
 
     Args:
         source: (K [+ 1], ...) trained.
         source_map: its classes.
         target: (K' [+ 1], ...) what rows of other classes keep; of the same further axes, and both with or both
-            without a row of "no object".
+            without a last row that is no class.
         target_map: its classes.
         first_row_special: the first row of both means the same, whatever class its column stands for; the other way
             round, the rest of a class that stands in either's first column is not known.

@@ -1,10 +1,12 @@
-"""Names of Atten4Vis/ConditionalDETR."""
+"""Names and settings of Atten4Vis/ConditionalDETR."""
 
 from __future__ import annotations
 
 from detfamily.checkpoints.adapter import Adapter, Rename, Rule
 from detfamily.checkpoints.detr import BACKBONE, FFN, POSITION, dense
+from detfamily.checkpoints.variant import Evidence, Variant, backbone, position, transformer
 from detfamily.detector import Detector
+from detfamily.errors import CheckpointError
 
 _DECODER = "transformer.decoder.layers.{n}."
 
@@ -64,3 +66,41 @@ def adapter(detector: Detector) -> Adapter:
             *CONDITIONAL_LAYERS,
         ]
     )
+
+
+MARKS = (
+    "transformer.decoder.layers.0.sa_qcontent_proj.weight",
+    "transformer.decoder.layers.0.ca_qcontent_proj.weight",
+    "transformer.decoder.ref_point_head.layers.0.weight",
+    "class_embed.weight",
+    "query_embed.weight",
+)
+
+_EXPERIMENTS: dict[tuple[str | bool, ...], str] = {
+    ("backbone=resnet50", False): "conditional_detr_r50",
+    ("backbone=resnet50", True): "conditional_detr_r50_dc5",
+    ("backbone=resnet101", False): "conditional_detr_r101",
+    ("backbone=resnet101", True): "conditional_detr_r101_dc5",
+}
+"""The recipes of the released checkpoints."""
+
+
+def variant(evidence: Evidence) -> Variant:
+    """The model that official tensors and settings belong to.
+
+    Raises:
+        CheckpointError: a tensor is missing that tells, a setting is of no known kind, or a pre-norm encoder, beside
+            which the official code has no decoder.
+    """
+    if evidence.has("transformer.encoder.norm."):
+        raise CheckpointError(
+            f"{evidence.source}: a pre-norm Conditional DETR (transformer.encoder.norm.weight) has no counterpart "
+            "here, nor a decoder in the official code"
+        )
+    chosen, dilated = backbone(evidence)
+    queries, width = evidence.shape("query_embed.weight", 2)
+    fields = transformer(evidence, width, queries) | {"backbone.dilation": dilated}
+    unusual = position(evidence)
+    experiment = _EXPERIMENTS.get((*chosen, dilated)) if not unusual else None
+    choices = ("family=conditional_detr", *chosen, *unusual)
+    return Variant(choices, experiment, fields, evidence.assumed, tuple(evidence.doubts))

@@ -13,7 +13,7 @@ from detfamily.blocks.queries import ProposalQueries
 from detfamily.checkpoints import detr
 from detfamily.checkpoints.adapter import Adapter, Join, Rename, Rule
 from detfamily.checkpoints.detr import BACKBONE, FFN, POSITION, dense
-from detfamily.checkpoints.variant import Evidence, Variant, backbone, position
+from detfamily.checkpoints.variant import Evidence, Variant, backbone, position, transformer
 from detfamily.detector import Detector
 from detfamily.errors import CheckpointError
 
@@ -95,6 +95,28 @@ def variant(evidence: Evidence) -> Variant:
             counterpart here.
     """
     chosen, dilated = backbone(evidence)
+    refine, two_stage = stages(evidence)
+    if (two_stage and "query_embed.weight" in evidence.state) or evidence.args.get("num_queries_one2many"):
+        raise CheckpointError(
+            f"{evidence.source} is a file of H-Deformable-DETR (it has learned content for two stages, or queries for "
+            "one-to-many matching), for which there is no adapter"
+        )
+    blocks = (*(["decoder=refine"] * refine), *(["query_source=proposals"] * two_stage))
+    levels, width = evidence.shape("transformer.level_embed", 2)
+    queries = num_proposals(evidence) if two_stage else evidence.shape("query_embed.weight", 2)[0]
+    fields = sampling_transformer(evidence, levels, width, queries) | {"backbone.dilation": dilated}
+    unusual = position(evidence)
+    choices = ("family=deformable_detr", *chosen, *blocks, *unusual)
+    experiment = None if unusual else _experiment((*chosen, *blocks), levels, dilated)
+    return Variant(choices, experiment, fields, evidence.assumed, tuple(evidence.doubts))
+
+
+def stages(evidence: Evidence) -> tuple[bool, bool]:
+    """Whether each layer refines the boxes of the one before, and whether the encoder proposes the first ones.
+
+    Raises:
+        CheckpointError: proposals without refinement.
+    """
     refine, two_stage = evidence.has("transformer.decoder.bbox_embed."), evidence.has("transformer.enc_output.")
     if two_stage and not refine:
         raise CheckpointError(
@@ -103,13 +125,13 @@ def variant(evidence: Evidence) -> Variant:
         )
     evidence.doubt("with_box_refine", refine)
     evidence.doubt("two_stage", two_stage)
-    blocks = (*(["decoder=refine"] * refine), *(["query_source=proposals"] * two_stage))
-    levels, width = evidence.shape("transformer.level_embed", 2)
-    fields = _fields(evidence, levels, width, two_stage) | {"backbone.dilation": dilated}
-    unusual = position(evidence)
-    choices = ("family=deformable_detr", *chosen, *blocks, *unusual)
-    experiment = None if unusual else _experiment((*chosen, *blocks), levels, dilated)
-    return Variant(choices, experiment, fields, evidence.assumed, tuple(evidence.doubts))
+    return refine, two_stage
+
+
+def num_proposals(evidence: Evidence) -> int:
+    """How many of the encoder's boxes become queries, of which no tensor is as long."""
+    number: int = evidence.told("model.num_queries", "num_queries", 300, "300 proposals, as published")
+    return number
 
 
 def _experiment(choices: tuple[str, ...], levels: int, dilated: bool) -> str | None:
@@ -118,36 +140,31 @@ def _experiment(choices: tuple[str, ...], levels: int, dilated: bool) -> str | N
     return "deformable_detr_r50_single_scale" + "_dc5" * dilated if choices == ("backbone=resnet50",) else None
 
 
-def _fields(evidence: Evidence, levels: int, width: int, two_stage: bool) -> dict[str, Any]:
-    heads = evidence.told("model.num_heads", "nheads", 8, "8 heads, as published")
+def sampling_transformer(
+    evidence: Evidence, levels: int, width: int, queries: int, dropout: float = 0.1
+) -> dict[str, Any]:
+    """The settings of a transformer that samples its maps."""
+    fields = transformer(evidence, width, queries, dropout)
     points = {
-        part: _points(evidence, f"transformer.{part}.layers.0.{name}.attention_weights.weight", heads * levels)
+        part: _points(
+            evidence,
+            f"transformer.{part}.layers.0.{name}.attention_weights.weight",
+            fields["model.num_heads"] * levels,
+        )
         for part, name in (("encoder", "self_attn"), ("decoder", "cross_attn"))
     }
-    if two_stage:
-        queries = evidence.told("model.num_queries", "num_queries", 300, "300 proposals, as published")
-    else:
-        queries = evidence.shape("query_embed.weight", 2)[0]
-        evidence.doubt("num_queries", queries)
-    fields = {
-        "model.embed_dim": width,
-        "model.num_heads": heads,
-        "model.ffn_dim": evidence.shape("transformer.encoder.layers.0.linear1.weight", 2)[0],
-        "model.dropout": evidence.told("model.dropout", "dropout", 0.1, "in training only"),
-        "model.num_queries": queries,
+    for official, value in (
+        ("num_feature_levels", levels),
+        ("enc_n_points", points["encoder"]),
+        ("dec_n_points", points["decoder"]),
+    ):
+        evidence.doubt(official, value)
+    return fields | {
         "model.num_levels": levels,
         "model.stages": [3, 4, 5] if levels > 1 else [5],
         "model.num_points": points["encoder"],
         "cross_attention.num_points": points["decoder"],
-        "encoder.num_layers": evidence.count("transformer.encoder.layers."),
-        "decoder.num_layers": evidence.count("transformer.decoder.layers."),
     }
-    stored = {"hidden_dim": width, "num_feature_levels": levels, "dim_feedforward": fields["model.ffn_dim"]}
-    stored |= {"enc_layers": fields["encoder.num_layers"], "dec_layers": fields["decoder.num_layers"]}
-    stored |= {"enc_n_points": points["encoder"], "dec_n_points": points["decoder"]}
-    for official, value in stored.items():
-        evidence.doubt(official, value)
-    return fields
 
 
 def _points(evidence: Evidence, name: str, heads_times_levels: int) -> int:

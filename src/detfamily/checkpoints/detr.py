@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from detfamily.checkpoints.adapter import Adapter, Rename
-from detfamily.checkpoints.variant import Evidence, Variant, backbone, position
+from detfamily.checkpoints.variant import Evidence, Variant, backbone, position, transformer
 from detfamily.detector import Detector
 
 _ENCODER, _DECODER = "transformer.encoder.layers.{n}.", "transformer.decoder.layers.{n}."
@@ -87,20 +87,7 @@ def variant(evidence: Evidence) -> Variant:
     pre_norm = evidence.has("transformer.encoder.norm.")
     evidence.doubt("pre_norm", pre_norm)
     queries, width = evidence.shape("query_embed.weight", 2)
-    fields = {
-        "model.embed_dim": width,
-        "model.num_heads": evidence.told("model.num_heads", "nheads", 8, "8 heads, as published"),
-        "model.ffn_dim": evidence.shape("transformer.encoder.layers.0.linear1.weight", 2)[0],
-        "model.dropout": evidence.told("model.dropout", "dropout", 0.1, "in training only"),
-        "model.num_queries": queries,
-        "encoder.num_layers": evidence.count("transformer.encoder.layers."),
-        "decoder.num_layers": evidence.count("transformer.decoder.layers."),
-        "backbone.dilation": dilated,
-    }
-    stored = {"hidden_dim": width, "num_queries": queries, "dim_feedforward": fields["model.ffn_dim"]}
-    stored |= {"enc_layers": fields["encoder.num_layers"], "dec_layers": fields["decoder.num_layers"]}
-    for official, value in stored.items():
-        evidence.doubt(official, value)
+    fields = transformer(evidence, width, queries) | {"backbone.dilation": dilated}
     unusual = [*position(evidence), *["residual=pre_norm"] * pre_norm]
     experiment = _EXPERIMENTS.get((*chosen, dilated)) if not unusual else None
     choices = ("family=detr", *chosen, *unusual)

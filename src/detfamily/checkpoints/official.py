@@ -17,7 +17,7 @@ from detfamily.build import build_detector, with_num_classes
 from detfamily.checkpoints.adapter import Adapter, listed
 from detfamily.checkpoints.classes import is_class_row, is_first_row_special, move_rows
 from detfamily.checkpoints.coco_classes import COLUMNS, coco_label_map
-from detfamily.checkpoints.registry import UPSTREAMS, recognise, upstream_for
+from detfamily.checkpoints.registry import UPSTREAMS, official_family, recognise, upstream_for
 from detfamily.checkpoints.variant import Evidence, Variant, as_override, columns
 from detfamily.config import compose, to_container, validate
 from detfamily.data.labels import LabelMap
@@ -156,10 +156,11 @@ def to_official(weights: Mapping[str, Tensor], cfg: DictConfig, label_map: Label
         CheckpointError: a model that the official code cannot build, with what differs; or weights and config that
             do not belong together.
     """
-    family = str(cfg.family_name)
-    upstream = upstream_for(family)
+    upstream_for(str(cfg.family_name))
     with torch.device("meta"):
         detector = build_detector(cfg, label_map.num_classes, pretrained=False)
+    family = official_family(str(cfg.family_name), detector)
+    upstream = upstream_for(family)
     config = to_container(with_num_classes(cfg, label_map.num_classes))
     kept, own = (
         {name: value for name, value in one.items() if not _NOISE.search(name)}
@@ -217,7 +218,7 @@ def _overrides(variant: Variant, given: Sequence[str]) -> list[str]:
         chosen = [f"experiment={variant.experiment}"]
     else:
         chosen = [*variant.choices, "data=coco"]
-    chosen = [one for one in chosen if one.partition("=")[0] not in keys]
+    chosen = [one for one in chosen if one.partition("=")[0].lstrip("+") not in keys]
     data = [] if "data.root" in keys else [_ROOT_LATER]
     groups = [one for one in given if one.partition("=")[0] in (*_CHOOSES_MODEL, "data", "backbone", "decoder")]
     base = compose("train", [*chosen, *groups, *data])
@@ -278,7 +279,13 @@ def _checked(file: OfficialFile, adapter: Adapter, own: Mapping[str, Tensor]) ->
 
 def _check_same_function(file: OfficialFile, config: Mapping[str, Any], repository: str) -> None:
     """Read the file that is about to be written, and see whether it would become the model that it comes from."""
-    here, there = computation(config), computation(translate(file).config)
+    try:
+        there = computation(translate(file).config)
+    except (CheckpointError, ConfigError) as error:
+        raise CheckpointError(
+            f"{file.path} cannot become a file of {repository}, whose code has no such model: {error}"
+        ) from None
+    here = computation(config)
     if found := unequal(here, there, "{key} is {0} here and {1} there"):
         raise CheckpointError(
             f"{file.path} cannot become a file of {repository}, whose code computes something else: {listed(found, 6)}"
@@ -286,14 +293,19 @@ def _check_same_function(file: OfficialFile, config: Mapping[str, Any], reposito
 
 
 _ONLY_TRAINING = re.compile(
-    r"(^|\.)(num_classes|num_queries|dropout|prior|zero_init|size_logit|weights|pretrained|frozen_stages)$|^backbone\.norm\."
+    r"(^|\.)(num_classes|num_queries|dropout|prior|zero_init|size_logit|weights|pretrained|frozen_stages)$|^backbone\.norm\.|"
+    r"\.reference\.(random|freeze)_centers$|^heads\.shared_boxes$|"
+    r"^denoising\.(num_groups|label_noise|center_noise|size_noise|eps|attention_mask|embed_labels|max_queries)$"
 )
 """Settings of a detector that what it computes from loaded weights does not depend on, or that tensors tell."""
 
 
 def computation(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a resolved config that decide what its model computes, apart from its tensors: name -> value."""
-    return {key: value for key, value in _flat(config["detector"]) if not _ONLY_TRAINING.search(key)}
+    found = {key: value for key, value in _flat(config["detector"]) if not _ONLY_TRAINING.search(key)}
+    if found.get("position.temperature_x", 0) is None:
+        found["position.temperature_x"] = found["position.temperature"]
+    return found
 
 
 def unequal(one: Mapping[str, Any], other: Mapping[str, Any], words: str) -> list[str]:

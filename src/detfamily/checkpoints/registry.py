@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from detfamily.checkpoints import conditional_detr, dab_deformable_detr, dab_detr, deformable_detr, detr
@@ -20,7 +20,7 @@ class Upstream:
 
     Attributes:
         repository: owner/name.
-        marks: names of tensors that all of its files have.
+        marks: names of tensors that its files have; a file is of the project of which it has the most.
         adapter: names of its tensors and ours, for a detector of ours.
         variant: tensors and settings of a file -> the model in our words.
         settings: config and detector of ours -> its settings.
@@ -52,47 +52,51 @@ UPSTREAMS: dict[str, Upstream] = {
     ),
     "conditional_detr": Upstream(
         "Atten4Vis/ConditionalDETR",
-        ("TODO",),
+        conditional_detr.MARKS,
         conditional_detr.adapter,
-        detr.variant,
+        conditional_detr.variant,
         detr.settings,
         False,
         "class_embed.weight",
     ),
     "dab_detr": Upstream(
-        "IDEA-Research/DAB-DETR", ("TODO",), dab_detr.adapter, detr.variant, detr.settings, False, "class_embed.weight"
-    ),
-    "dn_detr": Upstream(
-        "IDEA-Research/DN-DETR", ("TODO",), dab_detr.adapter, detr.variant, detr.settings, False, "class_embed.weight"
+        "IDEA-Research/DAB-DETR",
+        dab_detr.MARKS,
+        dab_detr.adapter,
+        dab_detr.variant,
+        dab_detr.settings,
+        False,
+        "class_embed.weight",
     ),
     "dab_deformable_detr": Upstream(
         "IDEA-Research/DAB-DETR",
-        ("TODO",),
+        dab_deformable_detr.MARKS,
         dab_deformable_detr.adapter,
-        detr.variant,
-        detr.settings,
-        False,
-        "class_embed.0.weight",
-    ),
-    "dn_deformable_detr": Upstream(
-        "IDEA-Research/DN-DETR",
-        ("TODO",),
-        dab_deformable_detr.adapter,
-        detr.variant,
-        detr.settings,
+        dab_deformable_detr.variant,
+        dab_deformable_detr.settings,
         False,
         "class_embed.0.weight",
     ),
 }
 """Family -> where its official weights come from."""
 
+DENOISED = {"dab_detr": "dn_detr", "dab_deformable_detr": "dn_deformable_detr"}
+"""Family -> the family with denoising, whose files have the same names and one more."""
+for _plain, _denoised in DENOISED.items():
+    UPSTREAMS[_denoised] = replace(
+        UPSTREAMS[_plain],
+        repository="IDEA-Research/DN-DETR",
+        marks=(*UPSTREAMS[_plain].marks, dab_detr.DENOISING_MARK),
+    )
+
 _PANOPTIC = r"(bbox_attention|mask_head)\."
 
 _OTHERS = (
-    (r"label_enc\.|transformer\.tgt_embed\.", "DN-DETR, DINO or one of their descendants"),
-    (r"refpoint_embed\.", "DAB-DETR or one of its descendants"),
-    (r"transformer\.decoder\.layers\.0\.ca_qcontent_proj\.", "Conditional DETR"),
-    (r"transformer\.decoder\.ref_point_head\.", "one of DAB-DETR's descendants"),
+    (
+        r"transformer\.decoder\.layers\.\d+\.(lvl_attn|cross_attn_list)\.",
+        "DN-DETR with deformable attention in the encoder alone",
+    ),
+    (r"transformer\.(tgt_embed|enc_out_class_embed|enc_out_bbox_embed)\.", "DINO or one of its descendants"),
     (r"transformer\.encoder\.layers\.0\.attentions\.0\.", "detrex, which renames the official tensors"),
     (r"(bbox_head|query_head|roi_head|rpn_head)\.", "mmdetection"),
     (r"model\.(backbone\.conv_encoder|encoder\.layers)\.", "Hugging Face transformers"),
@@ -111,6 +115,12 @@ def upstream_for(family: str) -> Upstream:
     if family not in UPSTREAMS:
         raise CheckpointError(f"no official weights are known for the family {family!r}; {nearest(family, UPSTREAMS)}")
     return UPSTREAMS[family]
+
+
+def official_family(family: str, detector: Detector) -> str:
+    """The family whose files a detector's weights go to: denoising decides, whatever its own is called."""
+    plain = next((one for one, name in DENOISED.items() if name == family), family)
+    return plain if detector.denoising is None else DENOISED.get(plain, family)
 
 
 def adapter_for(family: str, detector: Detector) -> Adapter:
@@ -138,13 +148,19 @@ def recognise(names: Iterable[str], source: str) -> str:
     for pattern, words in _OTHERS:
         if found := next((name for name in names if re.match(pattern, name)), None):
             raise CheckpointError(f"{source} is a file of {words} (it has {found}); {_readable()}")
-    present = set(names)
-    for family, upstream in UPSTREAMS.items():
-        # One missing name makes a file incomplete, which is said later by name, and not a file of something else.
-        if sum(mark in present for mark in upstream.marks) * 2 > len(upstream.marks):
-            return family
+    # One missing name makes a file incomplete, which is said later by name, and not a file of something else.
+    _, share, best = max((*_marked(one, set(names)), family) for family, one in UPSTREAMS.items())
+    if share > 0.5:
+        return best
     raise CheckpointError(f"{source} holds tensors of no known project ({listed(names, 4)}); {_readable()}")
 
 
+def _marked(upstream: Upstream, names: set[str]) -> tuple[int, float]:
+    """How many of a project's marks are there, and what share of them all."""
+    count = sum(mark in names for mark in upstream.marks)
+    return count, count / len(upstream.marks)
+
+
 def _readable() -> str:
-    return "there are adapters for the official files of " + " and ".join(one.repository for one in UPSTREAMS.values())
+    *others, last = dict.fromkeys(one.repository for one in UPSTREAMS.values())
+    return f"there are adapters for the official files of {', '.join(others)} and {last}"

@@ -1,8 +1,9 @@
 """Starting a training from the weights of another one: which tensors go over, and the words about it.
 
-Two kinds of tensors may differ: class heads, whose rows go over by the classes' names, and learned queries, of which as
-many go over as there are in both. Anything else that does not fit is an error that names it, or, where that is asked
-for, keeps its initial value and is named too.
+Two kinds of tensors may differ: class heads and embedded labels, whose rows go over by the classes' names, and learned
+queries, of which as many go over as there are in both. Anything else that does not fit is an error that names it, or,
+where that is asked for, keeps its initial value and is named too. Denoising may come or go then: what queries start
+from is kept as far as the new model can say it.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detfamily.checkpoints.adapter import listed
-from detfamily.checkpoints.classes import compare, is_class_row, is_first_row_special, move_rows
+from detfamily.checkpoints.classes import LABEL_EMBED, compare, is_class_row, is_first_row_special, move_rows
 from detfamily.checkpoints.official import computation, model_overrides, read_official, translate, unequal
 from detfamily.checkpoints.read import read_file
 from detfamily.data.labels import LabelMap
 from detfamily.engine import checkpoint
 from detfamily.errors import CheckpointError
 
-_QUERIES = re.compile(r"query_source\.(pos|content)")
+_QUERIES = re.compile(r"query_source\.(pos|content|reference\.(center|size)_logit)")
+_CONTENT = "query_source.content"
+_PATTERNS = "patterns.weight"
 _COUNTER = re.compile(r"\.num_batches_tracked$")
 """Norms that are trained have it, frozen ones do not, and the other tensors of both are the same."""
 
@@ -124,15 +128,17 @@ def start_from(
                 new[name] = moved
         elif given.shape == target.shape:
             new[name], equal = given, equal + 1
-        elif _QUERIES.fullmatch(name) and given.shape[1:] == target.shape[1:]:
+        elif _QUERIES.fullmatch(name) and (fitted := _same_width(name, given, target)) is not None:
             count = min(len(given), len(target))
-            new[name] = torch.cat([given[:count].to(target.dtype), target[count:]])
-            queries = f"the first {count} of {len(given)}" + f", {len(target) - count} new" * (len(target) > count)
+            new[name] = torch.cat([fitted[:count].to(target.dtype), target[count:]])
+            if len(given) != len(target):
+                queries = f"the first {count} of {len(given)}" + f", {len(target) - count} new" * (len(target) > count)
         else:
             wrong.append(f"{name} {list(given.shape)}, expected {list(target.shape)}")
     missing = [name for name in own if name not in weights and not _COUNTER.search(name)]
     left = [name for name in weights if name not in own]
     _refuse(initial, config, missing, left, wrong, bool(new), partial)
+    content, kept = _keep_content(weights, own, new)
     detector.load_state_dict(new, strict=False)
 
     rows = [("weights", f"{initial.path} ({initial.origin}): {equal} of {len(own)} tensors as they are")]
@@ -140,17 +146,62 @@ def start_from(
         rows.append(("classes", _class_words(initial, label_map)))
     if queries:
         rows.append(("queries", queries))
+    if content and kept:
+        rows.append(("content", content))
     lists = (("stay as they were drawn", missing), ("are left out", left), ("are skipped for their shape", wrong))
     warnings = [f"{len(names)} tensors {words}: {listed(names, 6)}" for words, names in lists if names]
+    if content and not kept:
+        warnings.append(f"the queries' content {content}")
     if other := _other_settings(initial, config):
         warnings.append(f"the weights of {initial.path} were trained with other settings: {listed(other, 6)}")
     return Report(tuple(rows), tuple(warnings))
 
 
+def _same_width(name: str, given: Tensor, target: Tensor) -> Tensor | None:
+    """Learned queries in the width of the target; None if they are of another kind.
+
+    Content has a channel less with denoising, which marks its copies there: elsewhere the mark is zero.
+    """
+    more = target.shape[-1] - given.shape[-1]
+    if given.ndim != target.ndim or (more and (name != _CONTENT or abs(more) != 1)):
+        return None
+    return F.pad(given, (0, more))
+
+
+def _keep_content(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], new: dict[str, Tensor]) -> tuple[str, bool]:
+    """Have queries start from what they start from in the file, where one of the two models denoises.
+
+    Args:
+        weights: of the file.
+        own: initial values of the detector.
+        new: what goes over; changed here.
+
+    Returns:
+        What the content is now in words, "" where there is nothing to say; and whether it is what it was.
+    """
+    if (_CONTENT in weights) != (_CONTENT in own) or (LABEL_EMBED in weights) == (LABEL_EMBED in own):
+        return "", True
+    if _CONTENT in own:
+        if _CONTENT not in new or weights[_CONTENT].shape[-1] == own[_CONTENT].shape[-1]:
+            return "", True
+        if LABEL_EMBED in weights:
+            return "as before, with zero in the last channel, where denoising had its mark", True
+        return "goes over without the last channel, where denoising has its mark", False
+    if LABEL_EMBED in own:
+        new[LABEL_EMBED] = torch.cat([own[LABEL_EMBED][:-1], torch.zeros_like(own[LABEL_EMBED][-1:])])
+        return 'zero as before: so is the embedding of "unknown", the others are as they were drawn', True
+    unknown = F.pad(weights[LABEL_EMBED][-1], (0, 1))
+    if _PATTERNS in new and new[_PATTERNS].shape[1:] == unknown.shape:
+        new[_PATTERNS] = new[_PATTERNS] + unknown
+        return 'as before: the embedding of "unknown" is added to the patterns', True
+    return 'is no longer the embedding of "unknown", which has no place without denoising', False
+
+
 def _class_rows(name: str, given: Tensor, target: Tensor, theirs: LabelMap | None, ours: LabelMap) -> Tensor | None:
     """The head's tensor with the rows that go over; None if it is a head of another kind."""
     if theirs is None:
-        return target
+        unknown = name == LABEL_EMBED and given.shape[1:] == target.shape[1:]
+        return torch.cat([target[:-1], given[-1:].to(target.dtype)]) if unknown else target
     no_object = [tensor.shape[0] - one.num_classes for tensor, one in ((given, theirs), (target, ours))]
     if given.shape[1:] != target.shape[1:] or no_object[0] != no_object[1] or no_object[0] < 0:
         return None
@@ -199,10 +250,17 @@ def _refuse(
 
 def _other_settings(initial: Initial, config: Mapping[str, Any]) -> list[str]:
     """Where the model computes something else from the same tensors; what the file does not tell is not compared."""
-    guessed = {key.rpartition(".")[2] for key in initial.assumed}
-    guessed |= {"num_points"} if "num_heads" in guessed else set()  # told from tensors that have a row for each of both
+    guessed = [_last_part(key) for key in initial.assumed]
+    guessed += [".num_points"] * (".num_heads" in guessed)  # told from tensors that have a row for each of both
+    guessed += [".temperature_x"] * (".temperature" in guessed)
     told, now = (
-        {key: value for key, value in computation(one).items() if key.rpartition(".")[2] not in guessed}
+        {key: value for key, value in computation(one).items() if not key.endswith(tuple(guessed))}
         for one in (initial.config, config)
     )
     return unequal(told, now, "{key} was {0}, now {1}")
+
+
+def _last_part(key: str) -> str:
+    """By what a setting of the config's groups is known in the detector that is made of them."""
+    group, _, name = key.rpartition(".")
+    return f".{group.rpartition('.')[2]}.{name}" if name == "_target_" else f".{name}"

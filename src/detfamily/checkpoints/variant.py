@@ -12,6 +12,9 @@ from torch import Tensor
 
 from detfamily.errors import CheckpointError
 
+IN_TRAINING = "in training only"
+"""Why a setting may be assumed without a word about it."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -94,6 +97,31 @@ class Evidence:
         stored = self.args.get(official, value)
         if stored != value:
             self.doubts.append(f"its stored setting {official} is {stored!r}, its tensors are of {value!r}")
+
+
+def transformer(evidence: Evidence, width: int, queries: int, dropout: float = 0.1) -> dict[str, Any]:
+    """The settings that a transformer of any family has.
+
+    Args:
+        evidence: of the file.
+        width: of its tokens.
+        queries: how many are learned, or taken as proposals.
+        dropout: the family's, where the file does not tell.
+    """
+    fields = {
+        "model.embed_dim": width,
+        "model.num_heads": evidence.told("model.num_heads", "nheads", 8, "8 heads, as published"),
+        "model.ffn_dim": evidence.shape("transformer.encoder.layers.0.linear1.weight", 2)[0],
+        "model.dropout": evidence.told("model.dropout", "dropout", dropout, IN_TRAINING),
+        "model.num_queries": queries,
+        "encoder.num_layers": evidence.count("transformer.encoder.layers."),
+        "decoder.num_layers": evidence.count("transformer.decoder.layers."),
+    }
+    stored = {"hidden_dim": width, "num_queries": queries, "dim_feedforward": fields["model.ffn_dim"]}
+    stored |= {"enc_layers": fields["encoder.num_layers"], "dec_layers": fields["decoder.num_layers"]}
+    for official, value in stored.items():
+        evidence.doubt(official, value)
+    return fields
 
 
 def backbone(evidence: Evidence) -> tuple[list[str], bool]:

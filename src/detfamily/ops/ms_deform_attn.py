@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from detfamily.ops import backends, registration
+from detfamily.ops import backends, flops, registration
 from detfamily.ops.reference import ms_deform_attn_projected_reference, ms_deform_attn_reference
 from detfamily.structures import Size
 
@@ -42,7 +42,7 @@ def ms_deform_attn(
     _check(value, spatial_shapes, sampling_locations, attention_weights)
     locations = _precise("sampling_locations", sampling_locations, value)
     weights = _precise("attention_weights", attention_weights, value)
-    if backends.backend_for(value.device.type) == "reference":
+    if _in_pieces(value):
         return ms_deform_attn_reference(value, spatial_shapes, locations, weights)
     flat = [size for shape in spatial_shapes for size in shape]
     output: Tensor = registration.ops.ms_deform_attn(value, flat, locations, weights)
@@ -82,11 +82,16 @@ def ms_deform_attn_projected(
     else:
         offsets = _precise("sampling_offsets", sampling_offsets, value)
         logits = _precise("attention_logits", attention_logits, value)
-    if backends.backend_for(value.device.type) == "reference":
+    if _in_pieces(value):
         return ms_deform_attn_projected_reference(value, spatial_shapes, references, offsets, logits)
     flat = [size for shape in spatial_shapes for size in shape]
     output: Tensor = registration.ops.ms_deform_attn_projected(value, flat, references, offsets, logits)
     return output
+
+
+def _in_pieces(value: Tensor) -> bool:
+    """Whether plain PyTorch computes the op step by step; not where only shapes count, or the ops themselves do."""
+    return backends.backend_for(value.device.type) == "reference" and not (value.is_meta or flops.watched())
 
 
 def _precise(name: str, tensor: Tensor, value: Tensor) -> Tensor:

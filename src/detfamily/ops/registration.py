@@ -76,7 +76,9 @@ def _projected_backward(
 def _differentiate(
     function: Callable[..., Tensor], grad_output: Tensor, value: Tensor, shapes: Sequence[int], *others: Tensor
 ) -> tuple[Tensor, ...]:
-    with torch.enable_grad():
+    # Kernels run with autograd left out: here it computes the gradients.
+    autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with torch.enable_grad(), autograd:
         inputs = [tensor.detach().requires_grad_() for tensor in (value, *others)]
         output = function(inputs[0], shapes, *inputs[1:])
         return torch.autograd.grad(output, inputs, grad_output)

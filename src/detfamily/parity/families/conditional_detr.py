@@ -11,8 +11,6 @@ from detfamily.parity import detection
 from detfamily.parity.case import Case
 from detfamily.parity.families import detr
 
-ACTIVATIONS = {"relu": "ReLU", "gelu": "GELU", "selu": "SELU", "prelu": "PReLU"}
-
 
 def results(case: Case) -> dict[str, Tensor]:
     """A detector, and small functions on their own."""
@@ -41,21 +39,7 @@ def dense_overrides(case: Case, activation: str) -> list[str]:
     return [
         *chosen,
         f"position={'learned' if args['position_embedding'] in ('learned', 'v3') else 'sine'}",
-        f"ffn.activation._target_=torch.nn.{ACTIVATIONS[activation]}",
-        f"model.embed_dim={args['hidden_dim']}",
-        f"model.num_heads={args['nheads']}",
-        f"model.ffn_dim={args['dim_feedforward']}",
-        f"model.dropout={args['dropout']}",
-        f"model.num_queries={args['num_queries']}",
-        f"encoder.num_layers={args['enc_layers']}",
-        f"decoder.num_layers={args['dec_layers']}",
-        f"criterion.aux_loss={str(args.get('aux_loss', True)).lower()}",
-        f"criterion.matcher.weights.class={loss['set_cost_class']}",
-        f"criterion.matcher.weights.l1={loss['set_cost_bbox']}",
-        f"criterion.matcher.weights.giou={loss['set_cost_giou']}",
-        f"criterion.weights.class={loss.get('loss_ce_coef', loss['weight_dict']['loss_ce'])}",
-        f"criterion.weights.l1={loss['bbox_loss_coef']}",
-        f"criterion.weights.giou={loss['giou_loss_coef']}",
+        *detr.common_overrides(case, activation),
         f"classification.loss.alpha={loss['focal_alpha']}",
         f"classification.loss.gamma={loss.get('focal_gamma', loss.get('gamma', 2.0))}",
     ]

@@ -5,13 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from detfamily.blocks.boxes import inverse_sigmoid
-from detfamily.errors import DataError
+from detfamily.checkpoints.dab_detr import SCALES
 from detfamily.parity import detection
 from detfamily.parity.case import Case
 from detfamily.parity.families import detr
 from detfamily.parity.families.conditional_detr import dense_overrides
-
-SCALES = {"cond_elewise": "elementwise", "cond_scalar": "scalar", "fix_elewise": "layer"}
 
 
 def results(case: Case, chosen: list[str] | None = None) -> dict[str, Tensor]:
@@ -24,15 +22,16 @@ def results(case: Case, chosen: list[str] | None = None) -> dict[str, Tensor]:
 
 def overrides(case: Case) -> list[str]:
     """The official arguments in our words."""
-    args = case.info["args"]
-    if args.get("bbox_embed_diff_each_layer"):
-        raise DataError("a box head per layer beside one class head (bbox_embed_diff_each_layer) is not supported")
+    args, stated = case.info["args"], case.info["matcher_and_loss"]
+    loss = {**stated, **stated.get("args", {})}
     chosen = ["family=dab_detr", *dense_overrides(case, args.get("transformer_activation", "prelu"))]
     if args["position_embedding"] not in ("learned", "v3"):
         chosen.append(f"position.temperature={args.get('pe_temperatureH', 20)}")
         chosen.append(f"position.temperature_x={args.get('pe_temperatureW', 20)}")
     if not args.get("iter_update", True):
         chosen.append("decoder=plain")
+    if args.get("bbox_embed_diff_each_layer"):
+        chosen.append("heads.shared_boxes=false")
     if args.get("keep_query_pos"):
         chosen.append("cross_attention.add_query_pos=true")
     if args.get("pre_norm"):  # officially only a norm after the encoder; the layers are post-norm all the same
@@ -43,6 +42,7 @@ def overrides(case: Case) -> list[str]:
         *anchor_overrides(case),
         f"model.anchor_dim={args.get('query_dim', 4)}",
         f"query_position.modulate_wh={str(args.get('modulate_hw_attn', True)).lower()}",
+        f"classification.cost.alpha={stated.get('matcher_alpha', loss['focal_alpha'])}",
         f"query_scale={SCALES[args.get('query_scale_type', 'cond_elewise')]}",
         f"postprocess.num_select={args.get('num_select', 300)}",
     ]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from detfamily.blocks.boxes import iou_and_giou
+from detfamily.checkpoints.dab_detr import ACTIVATIONS
 from detfamily.parity import data_transforms, detection
 from detfamily.parity.case import Case
 
@@ -35,7 +36,17 @@ def overrides(case: Case) -> list[str]:
         *chosen,
         f"position={args['position_embedding'].replace('v2', 'sine').replace('v3', 'learned')}",
         f"residual={'pre_norm' if args.get('pre_norm') else 'post_norm'}",
-        f"ffn.activation._target_=torch.nn.{ {'relu': 'ReLU', 'gelu': 'GELU'}[args.get('activation', 'relu')] }",
+        *common_overrides(case, args.get("activation", "relu")),
+        f"classification.loss.no_object_weight={loss['eos_coef']}",
+    ]
+
+
+def common_overrides(case: Case, activation: str) -> list[str]:
+    """What DETR and its descendants of one level have in common."""
+    args, stated = case.info["args"], case.info["matcher_and_loss"]
+    loss = {**stated, **stated.get("args", {})}
+    return [
+        f"ffn.activation._target_=torch.nn.{ACTIVATIONS[activation]}",
         f"model.embed_dim={args['hidden_dim']}",
         f"model.num_heads={args['nheads']}",
         f"model.ffn_dim={args['dim_feedforward']}",
@@ -50,7 +61,6 @@ def overrides(case: Case) -> list[str]:
         f"criterion.weights.class={loss.get('loss_ce_coef', loss['weight_dict']['loss_ce'])}",
         f"criterion.weights.l1={loss['bbox_loss_coef']}",
         f"criterion.weights.giou={loss['giou_loss_coef']}",
-        f"classification.loss.no_object_weight={loss['eos_coef']}",
     ]
 
 
