@@ -9,7 +9,7 @@ from torch import nn
 
 from detfamily.backbones.small import SmallBackbone
 from detfamily.blocks.postprocess import PerQuery, TopK
-from detfamily.build import build_criterion, build_detector, build_postprocess
+from detfamily.build import build_criterion, build_detector, build_postprocess, unread
 from detfamily.config import compose
 from detfamily.criterion.losses import FocalClassLoss, SoftmaxClassLoss
 from detfamily.errors import ConfigError
@@ -111,3 +111,13 @@ def test_an_evaluated_layer_that_there_is_not() -> None:
 def test_the_last_layer_may_be_named_by_its_number() -> None:
     cfg = composed("family=detr", "criterion.aux_loss=false", "postprocess.layer=1")
     assert isinstance(build_detector(cfg, 3), nn.Module)
+
+
+def test_a_choice_without_effect_is_said():
+    """Conditional DETR's code of places serves conditional attention alone."""
+    tiny = ("model.embed_dim=32", "model.num_heads=4", "model.ffn_dim=8")
+    small = ("backbone=small", *tiny, "encoder.num_layers=1", "decoder.num_layers=1")
+    swapped = build_detector(compose("train", ["family=conditional_detr", "cross_attention=ms_deform", *small]), 3)
+    (words,) = unread(swapped)
+    assert "query_position=center" in words and "query_scale" in words
+    assert not unread(build_detector(compose("train", ["family=conditional_detr", *small]), 3))

@@ -14,6 +14,7 @@ from detfamily.blocks.encoder import Encoder
 from detfamily.blocks.position import AtAttention, Nowhere
 from detfamily.blocks.postprocess import SoftmaxScores
 from detfamily.blocks.queries import ProposalQueries, QuerySource
+from detfamily.blocks.query_position import CenterSine
 from detfamily.config import build
 from detfamily.criterion import Criterion
 from detfamily.detector import Detector
@@ -137,6 +138,17 @@ def check_blocks(detector: Detector) -> None:
             "encoder_position=none leaves the level embedding without a reader (deformable cross-attention adds no "
             "positions to what it samples): add level_embed=none"
         )
+
+
+def unread(detector: Detector) -> list[str]:
+    """What was chosen and has no effect beside the other choices, in a sentence each."""
+    decoder = detector.decoder
+    if isinstance(decoder.query_position, CenterSine) and not decoder.reads_sine:
+        return [
+            "query_position=center makes a code of the queries' places, which this cross-attention does not read: "
+            "positions are as with query_position=fixed, and query_scale has no effect"
+        ]
+    return []
 
 
 def _check_query_position(source: QuerySource, decoder: Decoder) -> None:

@@ -73,7 +73,7 @@ def test_what_is_no_matter_of_the_model_changes_nothing(capsys) -> None:
         ("info.sise=[1,2]", "did you mean 'size'"),
         ("info.size=[800]", "info.size is [800]; expected [height, width] in pixels"),
         ("info.size=[800,1.5]", "expected [height, width] in pixels"),
-        ("info.size=[0,64]", "info.size is 0; expected at least 1"),
+        ("info.size=[0,64]", "info.size is 0; expected at least 32"),
         (f"{SMALL} decoder=refine query_source=proposals", "larger images"),
         (f"{SMALL} query_source=proposals", "two stages need decoder=refine"),
         ("info.table=true experiment=detr_r50_500ep", "leave out everything but info.size"),

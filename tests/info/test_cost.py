@@ -73,13 +73,13 @@ def test_sampling_by_hand() -> None:
     assert work.kinds["sampling"] == (ENCODER * tokens + DECODER * QUERIES) * WIDTH * 4 * 4 * 5
 
 
-def test_heads_that_refine_inside_the_decoder_are_heads() -> None:
+def test_boxes_that_a_decoder_refines_are_the_decoders() -> None:
     plain, refined = (
         count_multiply_adds(tiny("family=deformable_detr", f"decoder={one}"), SIZE) for one in ("plain", "refine")
     )
     box = QUERIES * WIDTH * (2 * WIDTH + 4)
-    assert refined.parts["heads"] == plain.parts["heads"] + (DECODER - 1) * box
-    assert refined.parts["decoder"] == plain.parts["decoder"]
+    assert refined.parts["decoder"] == plain.parts["decoder"] + (DECODER - 1) * box
+    assert refined.parts["heads"] == plain.parts["heads"]
 
 
 @pytest.mark.parametrize("overrides", ["family=detr", "family=dab_detr model.num_patterns=2", "experiment=demo"])
@@ -110,9 +110,9 @@ def test_counting_leaves_the_detector_as_it_was() -> None:
 
 
 def test_too_small_an_image_is_an_error() -> None:
-    detector = tiny("family=deformable_detr", "decoder=refine", "query_source=proposals", "model.num_queries=50")
+    detector = tiny("family=deformable_detr", "decoder=refine", "query_source=proposals", "model.num_queries=150")
     with pytest.raises(DataError, match="larger images"):
-        count_multiply_adds(detector, (16, 16))
+        count_multiply_adds(detector, SIZE)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detfamily.attention.ms_deform import MSDeformAttention
-from detfamily.build import build_criterion, build_detector, build_postprocess, with_num_classes
+from detfamily.build import build_criterion, build_detector, build_postprocess, unread, with_num_classes
 from detfamily.checkpoints.transfer import Initial, Report, read_initial, start_from
 from detfamily.config import build, to_container, validate
 from detfamily.criterion import Losses, Normalizer
@@ -409,8 +409,10 @@ class Trainer:
         for words in () if self.initial is None else self.initial.warnings:
             self.world.say(f"warning: {words}")
         starts_from_weights = self.start.checkpoint is not None or self.cfg.init_from is not None
+        for words in unread(self.detector):
+            self.world.say(f"warning: {words}")
         for concern in concerns(
-            int(self.cfg.model.num_queries),
+            int(self.cfg.model.num_queries) * max(1, int(self.cfg.model.num_patterns)),
             self.train_set.max_objects,
             chosen.total_steps,
             frozen_at_random(self.cfg.backbone, starts_from_weights),

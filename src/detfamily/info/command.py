@@ -51,7 +51,7 @@ def _size(cfg: DictConfig) -> Size:
     if len(given) != 2 or not all(isinstance(one, int) and not isinstance(one, bool) for one in given):
         raise ConfigError(f"info.size is {list(given)}; expected [height, width] in pixels")
     for one in given:
-        require_at_least(1, "info.size", one)
+        require_at_least(32, "info.size", one, "pixels for a cell of C5")
     return int(given[0]), int(given[1])
 
 

@@ -160,7 +160,7 @@ def _part(name: str) -> str:
 
 
 def _by_part(detector: Detector, counts: Mapping[str, Mapping[str, int]], total: int) -> dict[str, int]:
-    """What the modules of the first level computed. A decoder that refines boxes calls the heads: those are theirs."""
+    """What the modules of the first level computed; boxes that a decoder refines in its loop are the decoder's."""
     modules = {name: sum(counts.get(f"{type(detector).__name__}.{name}", {}).values()) for name in _children(detector)}
     modules["decoder"] += total - sum(modules.values())
     found: Counter[str] = Counter()
