@@ -118,6 +118,8 @@ def test_a_compiled_function_notices_another_backend(make_call: Make, compiled: 
 
 
 def test_export_and_read_back(make_call: Make, backend: str, tmp_path: Path) -> None:
+    if backend == "reference" and torch.__version__.startswith("2.11."):
+        pytest.skip("exporting grid_sample, torch 2.11 does not see that the smaller of 8 n and 24 n is 8 n")
     call = make_call()
     inputs = tuple(tensor.detach().float() for tensor in call.projected())
     queries = torch.export.Dim("queries", min=2, max=100)

@@ -55,7 +55,7 @@ class NoisedCopies:
 class Denoising(nn.Module):
     """Adds a group "denoise" of noised copies to the queries, in training.
 
-    A copy's content is its label's embedding, and 1 in the last channel, which is 0 in all other queries; its reference
+    A copy's content is its label's embedding, and 1 in the last channel, which learned queries keep at 0; its reference
     is its box, of which it keeps as many numbers as the other references have; where the other queries bring positions
     of their own, a perceptron makes one from the code of its box. Everything happens on the device of the targets,
     without a loop over images.
