@@ -165,6 +165,9 @@ def test_it_is_drawn_once_and_anew_for_other_settings(tmp_path: Path, monkeypatc
 def test_the_cache_folder_is_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DETFAMILY_CACHE", str(tmp_path / "cache"))
     assert ShapesData(**SMALL).root.parent == tmp_path / "cache" / "shapes"
+    monkeypatch.delenv("DETFAMILY_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert ShapesData(**SMALL).root.parent == tmp_path / "xdg" / "detfamily" / "shapes"
 
 
 def _prepare(cache: str) -> str:

@@ -398,8 +398,10 @@ def write_to_cache(path: Path, text: str) -> None:
 
 
 def cache_folder() -> Path:
-    """Where generated data are kept: DETFAMILY_CACHE, or ~/.cache/detfamily."""
-    return Path(os.environ.get("DETFAMILY_CACHE") or "~/.cache/detfamily").expanduser()
+    """Where generated data are kept: DETFAMILY_CACHE, or "detfamily" in XDG_CACHE_HOME or ~/.cache."""
+    if named := os.environ.get("DETFAMILY_CACHE"):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "detfamily"
 
 
 def clamped_xyxy(boxes_xywh: Tensor, sizes: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class ShapesData(CocoData):
         difficulty: 0 is plain, 1 the standard; see ``ShapesSettings``.
         objects: least and most objects in an image.
         sides: least and most pixels of the longer side of a shape.
-        root: where to keep the images; None takes the cache folder (DETFAMILY_CACHE or ~/.cache/detfamily).
+        root: where to keep the images; None takes the cache folder (``cache_folder``).
         limit_train: train on the first n images; None takes all.
         limit_val: validate on the first n images; None takes all.
         validate_on: "val", or "train" to validate on the training images.
