@@ -140,9 +140,9 @@ def check_blocks(detector: Detector) -> None:
         )
 
 
-def unread(detector: Detector) -> list[str]:
+def unread(detector: nn.Module) -> list[str]:
     """What was chosen and has no effect beside the other choices, in a sentence each."""
-    decoder = detector.decoder
+    decoder = cast("Detector", detector).decoder
     if isinstance(decoder.query_position, CenterSine) and not decoder.reads_sine:
         return [
             "query_position=center makes a code of the queries' places, which this cross-attention does not read: "
