@@ -6,15 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detfamily.attention.dense import allowed, check_heads
+from detfamily.attention.dense import MultiHead, allowed
 from detfamily.blocks.layers import MLP
 from detfamily.structures import Queries, Tokens
 
 
-class SplitDenseAttention(nn.Module):
+class SplitDenseAttention(MultiHead):
     """Self-attention whose queries and keys are the sum of a projected content and a projected position.
 
     Args:
@@ -27,10 +26,7 @@ class SplitDenseAttention(nn.Module):
     """
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        check_heads(embed_dim, num_heads)
-        self.num_heads = num_heads
-        self.dropout = dropout
+        super().__init__(embed_dim, num_heads, dropout)
         self.query_content_proj = _linear(embed_dim)
         self.query_pos_proj = _linear(embed_dim)
         self.key_content_proj = _linear(embed_dim)
@@ -45,16 +41,12 @@ class SplitDenseAttention(nn.Module):
             q = q + self.query_pos_proj(query.pos)
         if source.pos is not None:
             k = k + self.key_pos_proj(source.pos)
-        q, k, v = (
-            x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, self.value_proj(source.content))
-        )
-        dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed(source, attention_mask), dropout_p=dropout)
-        projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        q, k, v = (self.split_heads(x) for x in (q, k, self.value_proj(source.content)))
+        projected: Tensor = self.out_proj(self.attend(q, k, v, allowed(source, attention_mask)))
         return projected
 
 
-class ConditionalAttention(nn.Module):
+class ConditionalAttention(MultiHead):
     """Cross-attention that compares content with content and place with position, and adds the two scores (eq. 2).
 
     Within each head, the query's content and its sine code stand side by side, and so do the memory's content and
@@ -75,10 +67,7 @@ class ConditionalAttention(nn.Module):
     reads_sine = True
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, add_query_pos: bool = False) -> None:
-        super().__init__()
-        check_heads(embed_dim, num_heads)
-        self.num_heads = num_heads
-        self.dropout = dropout
+        super().__init__(embed_dim, num_heads, dropout)
         self.query_content_proj = _linear(embed_dim)
         self.query_pos_proj = _linear(embed_dim) if add_query_pos else None
         self.query_sine_proj = _linear(embed_dim)
@@ -90,10 +79,8 @@ class ConditionalAttention(nn.Module):
     def forward(self, query: Queries, source: Tokens, attention_mask: Tensor | None = None) -> Tensor:
         """(B, N, C)"""
         q, k = self.project(query, source)
-        v = self.value_proj(source.content).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed(source, attention_mask), dropout_p=dropout)
-        projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        v = self.split_heads(self.value_proj(source.content))
+        projected: Tensor = self.out_proj(self.attend(q, k, v, allowed(source, attention_mask)))
         return projected
 
     def project(self, query: Queries, source: Tokens) -> tuple[Tensor, Tensor]:
@@ -144,13 +131,12 @@ class LevelConditionalAttention(ConditionalAttention):
             found = 0 if source.grid is None else len(source.grid.shapes)
             raise ValueError(f"got {found} feature levels, built for num_levels={self.level_weights.out_features}")
         q, k = self.project(query, source)
-        v = self.value_proj(source.content).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        v = self.split_heads(self.value_proj(source.content))
         sizes = [h * w for h, w in source.grid.shapes]
         masks = allowed(source, attention_mask)
         parts = [None] * len(sizes) if masks is None else masks.split(sizes, dim=-1)
-        dropout = self.dropout if self.training else 0.0
         outputs = [
-            F.scaled_dot_product_attention(q, key, value, attn_mask=mask, dropout_p=dropout).transpose(1, 2).flatten(2)
+            self.attend(q, key, value, mask)
             for key, value, mask in zip(k.split(sizes, dim=2), v.split(sizes, dim=2), parts, strict=True)
         ]
         weights = self.level_weights(query.with_pos()).softmax(-1)

@@ -8,7 +8,36 @@ from torch import Tensor, nn
 from detfamily.structures import Tokens
 
 
-class DenseAttention(nn.Module):
+class MultiHead(nn.Module):
+    """What dense attentions share: heads, and what happens between the projections in and the one out.
+
+    Args:
+        embed_dim: the width C of the tokens.
+        num_heads: heads M; must divide embed_dim.
+        dropout: of the attention weights, in training.
+
+    Raises:
+        ValueError: num_heads does not divide embed_dim.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        check_heads(embed_dim, num_heads)
+        self.num_heads = num_heads
+        self.dropout = dropout
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, N, X) -> (B, M, N, X / M)"""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, N, C) of all heads from split queries, keys and values; mask is True where a query may look."""
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return out.transpose(1, 2).flatten(2)
+
+
+class DenseAttention(MultiHead):
     """Multi-head attention; positions are added to queries and keys, not to values (DETR, arXiv 2005.12872, A.3).
 
     Args:
@@ -21,10 +50,7 @@ class DenseAttention(nn.Module):
     """
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        check_heads(embed_dim, num_heads)
-        self.num_heads = num_heads
-        self.dropout = dropout
+        super().__init__(embed_dim, num_heads, dropout)
         # one matrix for query, key and value, and Xavier over the whole of it, as in torch.nn.MultiheadAttention
         self.in_proj = nn.Linear(embed_dim, 3 * embed_dim)
         self.out_proj = nn.Linear(embed_dim, embed_dim)
@@ -34,11 +60,8 @@ class DenseAttention(nn.Module):
 
     def forward(self, query: Tokens, source: Tokens, attention_mask: Tensor | None = None) -> Tensor:
         """(B, N, C); attention_mask (N, N') is True where a query may not look."""
-        q, k, v = (self._split_heads(x) for x in self._project(query, source))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=allowed(source, attention_mask), dropout_p=self.dropout if self.training else 0.0
-        )
-        projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        q, k, v = (self.split_heads(x) for x in self._project(query, source))
+        projected: Tensor = self.out_proj(self.attend(q, k, v, allowed(source, attention_mask)))
         return projected
 
     def _project(self, query: Tokens, source: Tokens) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,9 +73,6 @@ class DenseAttention(nn.Module):
             q = F.linear(query.with_pos(), weights[:width], biases[:width])
             k = F.linear(source.with_pos(), weights[width : 2 * width], biases[width : 2 * width])
         return q, k, F.linear(source.content, weights[2 * width :], biases[2 * width :])
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 def check_heads(embed_dim: int, num_heads: int) -> None:

@@ -54,6 +54,12 @@ class Case:
         """Whether the weights are computed instead of stored."""
         return not (self.folder / "weights.safetensors").is_file()
 
+    @property
+    def loss_settings(self) -> dict[str, Any]:
+        """Settings of matcher and losses by their official names, wherever in the json they stand."""
+        stated = self.info["matcher_and_loss"]
+        return {**stated, **stated.get("args", {})}
+
     def sub_cases(self) -> list[str]:
         """Prefixes under which losses or matches of other targets on the same model are stored; "" is the case."""
         found = {match[1] for key in self.io if (match := re.match(r"(.*?)(loss|match)\.", key))}

@@ -29,15 +29,9 @@ def overrides(case: Case) -> list[str]:
 def dense_overrides(case: Case, activation: str) -> list[str]:
     """What Conditional DETR and its descendants of one level have in common, after the choice of the family."""
     args: dict[str, Any] = case.info["args"]
-    stated = case.info["matcher_and_loss"]
-    loss = {**stated, **stated.get("args", {})}
-    stubbed = any(key.startswith("features.") for key in case.io)
-    chosen = ["backbone=small", "model.stages=[3]"]
-    if not stubbed:
-        chosen = [f"backbone={args['backbone']}", "backbone.weights=null"]
-        chosen += ["backbone.dilation=true"] if args.get("dilation") else []
+    loss = case.loss_settings
     return [
-        *chosen,
+        *detr.backbone_overrides(case),
         f"position={'learned' if args['position_embedding'] in ('learned', 'v3') else 'sine'}",
         *detr.common_overrides(case, activation),
         f"classification.loss.alpha={loss['focal_alpha']}",

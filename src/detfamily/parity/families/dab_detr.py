@@ -22,8 +22,7 @@ def results(case: Case, chosen: list[str] | None = None) -> dict[str, Tensor]:
 
 def overrides(case: Case) -> list[str]:
     """The official arguments in our words."""
-    args, stated = case.info["args"], case.info["matcher_and_loss"]
-    loss = {**stated, **stated.get("args", {})}
+    args, loss = case.info["args"], case.loss_settings
     chosen = ["family=dab_detr", *dense_overrides(case, args.get("transformer_activation", "prelu"))]
     if args["position_embedding"] not in ("learned", "v3"):
         chosen.append(f"position.temperature={args.get('pe_temperatureH', 20)}")
@@ -42,7 +41,7 @@ def overrides(case: Case) -> list[str]:
         *anchor_overrides(case),
         f"model.anchor_dim={args.get('query_dim', 4)}",
         f"query_position.modulate_wh={str(args.get('modulate_hw_attn', True)).lower()}",
-        f"classification.cost.alpha={stated.get('matcher_alpha', loss['focal_alpha'])}",
+        f"classification.cost.alpha={loss.get('matcher_alpha', loss['focal_alpha'])}",
         f"query_scale={SCALES[args.get('query_scale_type', 'cond_elewise')]}",
         f"postprocess.num_select={args.get('num_select', 300)}",
     ]

@@ -10,6 +10,7 @@ from detfamily.blocks.boxes import inverse_sigmoid
 from detfamily.blocks.position import sine_code
 from detfamily.parity import detection
 from detfamily.parity.case import Case
+from detfamily.parity.families import detr
 
 
 def results(case: Case) -> dict[str, Tensor]:
@@ -19,13 +20,9 @@ def results(case: Case) -> dict[str, Tensor]:
 
 def overrides(case: Case) -> list[str]:
     """The official arguments in our words."""
-    args, stated = case.info["args"], case.info["matcher_and_loss"]
-    loss, weights = {**stated, **stated.get("args", {})}, stated["weight_dict"]
+    args, loss = case.info["args"], case.loss_settings
     levels = args["num_feature_levels"]
-    chosen = ["backbone=small"]
-    if "backbone" in args and not any(key.startswith("features.") for key in case.io):
-        chosen = [f"backbone={args['backbone']}", "backbone.weights=null"]
-        chosen += ["backbone.dilation=true"] if args.get("dilation") else []
+    chosen = detr.backbone_overrides(case)
     chosen.append(f"model.stages={[3, 4, 5] if levels > 1 else [5]}".replace(" ", ""))
     if chosen[0] == "backbone=small":
         chosen[-1] = "model.stages=[3]"
@@ -34,7 +31,7 @@ def overrides(case: Case) -> list[str]:
     if args.get("two_stage"):
         chosen.append("query_source=proposals")
     # without auxiliary losses the official weights have no entry for the proposals, so they are not trained
-    proposals = 1.0 if "loss_ce_enc" in weights else 0.0
+    proposals = 1.0 if "loss_ce_enc" in loss["weight_dict"] else 0.0
     return [
         "family=deformable_detr",
         *chosen,
@@ -58,7 +55,7 @@ def overrides(case: Case) -> list[str]:
         f"criterion.weights.l1={loss['bbox_loss_coef']}",
         f"criterion.weights.giou={loss['giou_loss_coef']}",
         f"classification.loss.alpha={loss['focal_alpha']}",
-        f"classification.cost.alpha={stated.get('matcher_alpha', 0.25)}",
+        f"classification.cost.alpha={loss.get('matcher_alpha', 0.25)}",
     ]
 
 

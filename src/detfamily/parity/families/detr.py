@@ -26,25 +26,29 @@ def results(case: Case) -> dict[str, Tensor]:
 
 def overrides(case: Case) -> list[str]:
     """The official arguments in our words."""
-    args, loss = case.info["args"], case.info["matcher_and_loss"]
-    backbone = args.get("backbone", "stub")
-    chosen = ["backbone=small"] if backbone == "stub" else [f"backbone={backbone}", "backbone.weights=null"]
-    if args.get("dilation"):
-        chosen.append("backbone.dilation=true")
+    args = case.info["args"]
     return [
         "family=detr",
-        *chosen,
+        *backbone_overrides(case),
         f"position={args['position_embedding'].replace('v2', 'sine').replace('v3', 'learned')}",
         f"residual={'pre_norm' if args.get('pre_norm') else 'post_norm'}",
         *common_overrides(case, args.get("activation", "relu")),
-        f"classification.loss.no_object_weight={loss['eos_coef']}",
+        f"classification.loss.no_object_weight={case.loss_settings['eos_coef']}",
     ]
+
+
+def backbone_overrides(case: Case) -> list[str]:
+    """The real backbone, unless the case stores the maps that replace one."""
+    args = case.info["args"]
+    if "backbone" not in args or any(key.startswith("features.") for key in case.io):
+        return ["backbone=small"]
+    dilated = ["backbone.dilation=true"] if args.get("dilation") else []
+    return [f"backbone={args['backbone']}", "backbone.weights=null", *dilated]
 
 
 def common_overrides(case: Case, activation: str) -> list[str]:
     """What DETR and its descendants of one level have in common."""
-    args, stated = case.info["args"], case.info["matcher_and_loss"]
-    loss = {**stated, **stated.get("args", {})}
+    args, loss = case.info["args"], case.loss_settings
     return [
         f"ffn.activation._target_=torch.nn.{ACTIVATIONS[activation]}",
         f"model.embed_dim={args['hidden_dim']}",
