@@ -12,8 +12,10 @@ from detfamily.attention import DenseAttention
 from detfamily.blocks.decoder import Decoder
 from detfamily.blocks.encoder import Encoder
 from detfamily.blocks.position import AtAttention, Nowhere
+from detfamily.blocks.patterns import Patterns
 from detfamily.blocks.postprocess import SoftmaxScores
-from detfamily.blocks.queries import ProposalQueries, QuerySource
+from detfamily.blocks.proposals import ProposalQueries
+from detfamily.blocks.queries import QuerySource
 from detfamily.blocks.query_position import CenterSine
 from detfamily.config import build
 from detfamily.criterion import Criterion
@@ -114,6 +116,22 @@ def check_blocks(detector: Detector) -> None:
         raise ConfigError(
             "query_source=proposals starts from the encoder's boxes, and decoder=plain never updates boxes (its "
             "layers would all answer relative to the raw proposals): two stages need decoder=refine"
+        )
+    if isinstance(source, ProposalQueries):
+        heads, missing = detector.heads, []
+        if source.class_head is None and not heads.shared:
+            missing.append("class_head")
+        if source.box_head is None and not heads.shared_boxes:
+            missing.append("box_head")
+        if missing:
+            raise ConfigError(
+                f"query_source.{missing[0]}=null lets proposals use the decoder's head, and here every decoder layer "
+                "has its own: use decoder=refine_shared, or leave the proposals their own"
+            )
+    if source.num_one_to_many and cast("Patterns", detector.patterns).num_patterns:
+        raise ConfigError(
+            "one_to_many=hybrid and patterns multiply queries in two ways that do not go together: add "
+            "model.num_patterns=0 or one_to_many=none"
         )
     if source.reference_dim is None:
         for name, attentions in _attentions(decoder):

@@ -85,14 +85,15 @@ class Detector(nn.Module):
             targets: its objects, for denoising in training; nothing else reads them.
 
         Returns:
-            "match": all decoder layers, (D, B, N, ...); with two stages also "proposals": all tokens, (1, B, S, ...);
-            with denoising in training also "denoise": the noised copies, (D, B, G * T, ...).
+            "match": all decoder layers, (D, B, N, ...); with two stages also "proposals": tokens, (1, B, S or N, ...);
+            in training, with one-to-many queries also "one_to_many", (D, B, N', ...), and with denoising "denoise": the
+            noised copies, (D, B, G * T, ...).
 
         Raises:
             ValueError: denoising in training without targets.
         """
         memory = self.encode(images)
-        queries, proposals = self.query_source(memory)
+        queries, proposals = self.query_source(memory, self.heads)
         queries = self.patterns(queries)
         given: dict[str, Given | None] = {}
         if self.denoising is not None:

@@ -98,6 +98,18 @@ class Heads(nn.Module):
         boxes = [apply_delta(delta, ref, self.eps) for delta, ref in zip(deltas, references, strict=True)]
         return Predictions(full_precision(logits), torch.stack(boxes))
 
+    @property
+    def shared_class_head(self) -> nn.Module:
+        """The class head of all layers."""
+        assert self.shared
+        return self.class_heads[0]
+
+    @property
+    def shared_box_head(self) -> nn.Module:
+        """The box head of all layers."""
+        assert self.shared_boxes
+        return self.box_heads[0]
+
     def refine(self, index: int, content: Tensor, reference_points: Tensor | None) -> Tensor:
         """(B, N, 4), the boxes that a layer's content says."""
         head = self.box_heads[0 if self.shared_boxes else index]

@@ -1,38 +1,65 @@
-"""Where object queries come from: learned, or proposed by the encoder's tokens.
+"""Where object queries come from: here the learned ones; those that the encoder proposes are in ``proposals``.
 
-A query source is called with the encoder's tokens and gives the queries, and what its proposals say (or None).
+A query source is called with the encoder's tokens and the decoder's heads, and gives the queries, and what its
+proposals say (or None).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detfamily.blocks.heads import full_precision
-from detfamily.blocks.position import sine_code
-from detfamily.errors import DataError
+from detfamily.blocks.heads import Heads
 from detfamily.structures import Predictions, Queries, Tokens
 
 
 class QuerySource(nn.Module):
-    """What every query source tells about itself.
+    """What every query source tells about itself, and the queries that only training has.
 
     Attributes:
-        num_queries: N.
+        num_queries: N, without those that only training has.
+        num_one_to_many: queries that only training has: several of them answer for each object (H-DETR).
         reference_dim: 2 for points, 4 for boxes, None where its queries look from nowhere.
         has_pos: whether its queries have position vectors.
         has_content: whether their content is anything but zero.
     """
 
-    num_queries: int
     reference_dim: int | None
     has_pos: bool
     has_content: bool
+
+    def __init__(self, num_queries: int, num_one_to_many: int = 0) -> None:
+        super().__init__()
+        if num_one_to_many < 0:
+            raise ValueError(f"one_to_many.num_queries={num_one_to_many}: expected 0 for none, or more")
+        self.num_queries = num_queries
+        self.num_one_to_many = num_one_to_many
+
+    def forward(self, memory: Tokens, heads: Heads) -> tuple[Queries, Predictions | None]:
+        """The queries, and what proposals say."""
+        raise NotImplementedError
+
+    @property
+    def count(self) -> int:
+        """Queries that there are now."""
+        return self.num_queries + (self.num_one_to_many if self.training else 0)
+
+    def grouped(self, queries: Queries) -> Queries:
+        """Name the groups of the queries, the one-to-many ones last; groups do not look at each other (H-DETR, 3.2)."""
+        first, count = self.num_queries, queries.content.shape[1]
+        if count == first:
+            return replace(queries, groups={"match": slice(0, count)})
+        late = torch.arange(count, device=queries.content.device) >= first
+        return replace(
+            queries,
+            attention_mask=late[:, None] != late,
+            groups={"match": slice(0, first), "one_to_many": slice(first, count)},
+        )
 
     def drop_unread_positions(self) -> None:
         """Do without what makes positions alone: the decoder's query position does not read them."""
@@ -51,6 +78,7 @@ class LearnedQueries(QuerySource):
         learn_content: learn the initial content; without it the content starts at zero.
         reference: factory of what gives references, called with the positions; None where queries look from nowhere.
         indicator: leave the content's last channel at zero: denoising marks its copies there (``Denoising``).
+        num_one_to_many: queries beyond N, in training only.
 
     Raises:
         ValueError: nothing that is learned tells queries apart, or references are wanted from positions that are not
@@ -65,16 +93,17 @@ class LearnedQueries(QuerySource):
         learn_content: bool,
         reference: Callable[..., nn.Module] | None = None,
         indicator: bool = False,
+        num_one_to_many: int = 0,
     ) -> None:
-        super().__init__()
-        self.num_queries = num_queries
+        super().__init__(num_queries, num_one_to_many)
         self.embed_dim = embed_dim
         self.has_pos = learn_pos
         self.has_content = learn_content
-        self.pos = nn.Parameter(torch.randn(num_queries, embed_dim)) if learn_pos else None
+        total = num_queries + num_one_to_many
+        self.pos = nn.Parameter(torch.randn(total, embed_dim)) if learn_pos else None
         width = embed_dim - 1 if indicator else embed_dim
-        self.content = nn.Parameter(torch.randn(num_queries, width)) if learn_content else None
-        self.reference = reference(num_queries=num_queries) if reference is not None else None
+        self.content = nn.Parameter(torch.randn(total, width)) if learn_content else None
+        self.reference = reference(num_queries=total) if reference is not None else None
         self.reference_dim = None if self.reference is None else cast("int", self.reference.dim)
         self._check()
 
@@ -84,118 +113,18 @@ class LearnedQueries(QuerySource):
         if self.pos is None and self.content is None and (self.reference is None or not self.reference.differs):
             raise ValueError("query_source: learn_pos=false and learn_content=false would make all queries equal")
 
-    def forward(self, memory: Tokens) -> tuple[Queries, None]:
-        """Queries of one group "match"; reference points (B, N, R)."""
+    def forward(self, memory: Tokens, heads: Heads) -> tuple[Queries, None]:
+        """Queries of the group "match" and, in training, "one_to_many"; reference points (B, N, R)."""
         batch = memory.content.shape[0]
-        content = memory.content.new_zeros(self.num_queries, self.embed_dim)
+        content = memory.content.new_zeros(self.count, self.embed_dim)
         if self.content is not None:
-            content = F.pad(self.content, (0, self.embed_dim - self.content.shape[-1]))
-        reference = None if self.reference is None else self.reference(self.pos).expand(batch, -1, -1)
+            content = F.pad(self.content[: self.count], (0, self.embed_dim - self.content.shape[-1]))
+        reference = None
+        if self.reference is not None:
+            reference = self.reference(self.pos)[: self.count].expand(batch, -1, -1)
         queries = Queries(
             content=content.expand(batch, -1, -1),
-            pos=None if self.pos is None else self.pos.expand(batch, -1, -1),
+            pos=None if self.pos is None else self.pos[: self.count].expand(batch, -1, -1),
             reference_points=reference,
-            groups={"match": slice(0, self.num_queries)},
         )
-        return queries, None
-
-
-def proposal_boxes(memory: Tokens, base_size: float = 0.05) -> tuple[Tensor, Tensor]:
-    """A box around each token: centred on its cell, 0.05 * 2^level wide and high (Deformable DETR, A.4).
-
-    Returns:
-        (B, S, 4) logits of the boxes, +inf where the box is unusable, and (B, S) bool, True where it is usable: not in
-        the padding, and all four numbers within (0.01, 0.99).
-    """
-    assert memory.grid is not None and memory.reference_points is not None
-    sizes = [base_size * 2.0**level for level, (h, w) in enumerate(memory.grid.shapes) for _ in range(h * w)]
-    centers = memory.reference_points
-    wh = torch.tensor(sizes, dtype=centers.dtype, device=centers.device)[None, :, None].expand(len(centers), -1, 2)
-    boxes = torch.cat([centers, wh], -1)
-    usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1)
-    if memory.grid.padding_mask is not None:
-        usable = usable & ~memory.grid.padding_mask
-    return torch.log(boxes / (1 - boxes)).masked_fill(~usable[..., None], math.inf), usable
-
-
-class ProposalQueries(QuerySource):
-    """Two-stage: the encoder's tokens propose boxes, and the best of them become queries (Deformable DETR, A.4).
-
-    Args:
-        num_queries: N, proposals taken.
-        embed_dim: the width C.
-        class_head: factory of the class head that scores tokens; only its first column decides.
-        box_head: factory of the box head, relative to a box around each token.
-        mixed: learn the queries' content, and take only position and reference from the proposal (mixed query
-            selection, DINO, arXiv 2203.03605, 3.4); otherwise the content comes from the box, too.
-    """
-
-    def __init__(
-        self,
-        num_queries: int,
-        embed_dim: int,
-        class_head: Callable[[], nn.Module],
-        box_head: Callable[..., nn.Module],
-        mixed: bool = False,
-    ) -> None:
-        super().__init__()
-        self.num_queries = num_queries
-        self.embed_dim = embed_dim
-        self.reference_dim = 4
-        self.has_pos = self.has_content = True
-        self.memory_proj = nn.Linear(embed_dim, embed_dim)
-        self.memory_norm = nn.LayerNorm(embed_dim)
-        self.class_head = class_head()
-        self.box_head = box_head()
-        code_width = embed_dim if mixed else 2 * embed_dim
-        self.pos_proj: nn.Linear | None = nn.Linear(2 * embed_dim, code_width)
-        self.pos_norm: nn.LayerNorm | None = nn.LayerNorm(code_width)
-        self.content = nn.Parameter(torch.randn(num_queries, embed_dim)) if mixed else None
-        for linear in (self.memory_proj, self.pos_proj):
-            nn.init.xavier_uniform_(linear.weight)
-
-    def forward(self, memory: Tokens) -> tuple[Queries, Predictions]:
-        """Queries of one group "match" with boxes as references, and what all tokens say: (1, B, S, ...).
-
-        Raises:
-            DataError: fewer tokens than queries.
-        """
-        logits, box_logits = self._score(memory)
-        if logits.shape[1] < self.num_queries:
-            raise DataError(
-                f"num_queries={self.num_queries} proposals are wanted from {logits.shape[1]} tokens: "
-                "use fewer queries, more levels or larger images"
-            )
-        chosen = logits[..., 0].topk(self.num_queries, dim=1).indices
-        references = box_logits.detach().gather(1, chosen[..., None].expand(-1, -1, 4)).sigmoid()
-        pos, content = self._encode(references)
-        queries = Queries(
-            content=content,
-            pos=pos,
-            reference_points=references,
-            groups={"match": slice(0, self.num_queries)},
-        )
-        return queries, Predictions(logits[None], box_logits.sigmoid()[None])
-
-    def _score(self, memory: Tokens) -> tuple[Tensor, Tensor]:
-        box_logits, usable = proposal_boxes(memory)
-        tokens = self.memory_norm(self.memory_proj(memory.content.masked_fill(~usable[..., None], 0.0)))
-        return full_precision(self.class_head(tokens)), full_precision(self.box_head(tokens)) + box_logits
-
-    def drop_unread_positions(self) -> None:
-        """With learned content the code serves nothing else; otherwise the content comes from it, too."""
-        if self.content is not None:
-            self.has_pos = False
-            self.pos_proj = self.pos_norm = None
-
-    def _encode(self, boxes: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Position and content (B, N, C) from the sine code of x, y, w, h, in this order."""
-        if self.pos_proj is None or self.pos_norm is None:
-            assert self.content is not None
-            return None, self.content.expand(len(boxes), -1, -1)
-        code = sine_code(boxes * (2 * math.pi), self.embed_dim // 2, temperature=10000.0).flatten(-2)
-        code = self.pos_norm(self.pos_proj(code.to(self.pos_proj.weight.dtype)))
-        if self.content is not None:
-            return code, self.content.expand(len(boxes), -1, -1)
-        pos, content = code.chunk(2, dim=-1)
-        return pos, content
+        return self.grouped(queries), None

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from detfamily.data.labels import LabelMap
 
 LABEL_EMBED = "denoising.label_embed.weight"
-"""A row per class, and a last one for "unknown", which queries without content of their own start from."""
+"""A row per class, and a last one for "unknown": queries without content of their own start from it (DN-DETR), else nobody
+reads it (DINO)."""
 
 _CLASS_ROWS = re.compile(rf"(heads\.class_heads\.\d+|query_source\.class_head)\.(weight|bias)|{re.escape(LABEL_EMBED)}")
 _PROPOSALS = "query_source.class_head."
@@ -45,8 +48,13 @@ def is_class_row(name: str) -> bool:
 
 
 def is_first_row_special(name: str) -> bool:
-    """Whether a tensor's first row says "an object" instead of the first class: so in the head of proposals."""
+    """Whether a tensor's first row may say "an object" instead of the first class: so in the head of proposals."""
     return name.startswith(_PROPOSALS)
+
+
+def say_object(config: Mapping[str, Any]) -> bool:
+    """Whether proposals only say "an object", in the first row of their head, in the model of a resolved config."""
+    return bool(config["detector"]["query_source"].get("class_agnostic", True))
 
 
 def move_rows(

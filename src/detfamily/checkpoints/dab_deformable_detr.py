@@ -79,11 +79,13 @@ def variant(evidence: Evidence) -> Variant:
 
 
 def _refuse_dino(evidence: Evidence) -> None:
-    """DINO's beginnings in DN-DETR's repository have the same names, unless they have two stages."""
-    if evidence.args.get("modelname") == "dn_dab_dino_deformable_detr" or evidence.has("transformer.decoder.norm."):
+    """DINO's beginnings in DN-DETR's repository are another model than DINO, under the same names as this one."""
+    learned = evidence.has("transformer.tgt_embed.")
+    if learned or evidence.args.get("modelname") == "dn_dab_dino_deformable_detr":
         raise CheckpointError(
-            f"{evidence.source} is a file of DINO (its decoder has a norm, or its stored setting modelname says so), "
-            "for which there is no adapter"
+            f"{evidence.source} is a file of dn_dab_dino_deformable_detr in DN-DETR's repository, a model between this "
+            f"one and DINO ({'it has transformer.tgt_embed' if learned else 'its stored setting modelname says so'}), "
+            "for which there is no adapter; files of DINO itself can be read"
         )
 
 

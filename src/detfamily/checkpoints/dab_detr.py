@@ -22,6 +22,13 @@ from detfamily.detector import Detector
 from detfamily.errors import CheckpointError
 
 
+SLOPES = [
+    Rename(f"{part}.layers.{{n}}.ffn.activation.{{rest}}", (f"transformer.{part}.layers.{{n}}.activation.{{rest}}",))
+    for part in ("encoder", "decoder")
+]
+"""Those of PReLU."""
+
+
 def adapter(detector: Detector) -> Adapter:
     """Refined boxes list the box head twice; points have no size."""
     places = ["", "transformer.decoder."] if detector.decoder.refine else [""]
@@ -35,13 +42,7 @@ def adapter(detector: Detector) -> Adapter:
             Rename("decoder.query_position.scale.weight", ("transformer.decoder.query_scale.weight",)),
             *anchors(detector),
             Rename("encoder.pos_scale.{rest}", ("transformer.encoder.query_scale.{rest}",)),
-            *(
-                Rename(
-                    f"{part}.layers.{{n}}.ffn.activation.{{rest}}",
-                    (f"transformer.{part}.layers.{{n}}.activation.{{rest}}",),
-                )
-                for part in ("encoder", "decoder")
-            ),
+            *SLOPES,
             *CONDITIONAL_LAYERS,
         ]
     )
@@ -109,8 +110,11 @@ def variant(evidence: Evidence) -> Variant:
     denoise, learned, scale = evidence.has("label_enc."), position(evidence), _scale(evidence, width)
     fields = transformer(evidence, width, queries, dropout=0.0)
     fields |= {"backbone.dilation": dilated, **anchor_fields(evidence, "transformer.patterns.weight")}
-    fields |= _dense_fields(evidence, numbers) | ({} if learned else _temperatures(evidence))
-    unusual = [*learned, *_structure(evidence, width), *([] if scale == "elementwise" else [f"query_scale={scale}"])]
+    fields |= _dense_fields(evidence, numbers) | ({} if learned else temperatures(evidence))
+    refine = evidence.has("transformer.decoder.bbox_embed.")
+    evidence.doubt("iter_update", refine)
+    scales = [] if scale == "elementwise" else [f"query_scale={scale}"]
+    unusual = [*learned, *["decoder=plain"] * (not refine), *encoder_norm(evidence, width), *scales]
     fields["heads.shared_boxes"] = False if evidence.has("bbox_embed.0.") else None
     evidence.doubt("modelname", "dn_dab_detr" if denoise else "dab_detr")
     choices = (f"family={'dn' if denoise else 'dab'}_detr", *chosen, *unusual)
@@ -125,14 +129,13 @@ def _experiment(chosen: tuple[str, ...], fields: Mapping[str, Any], denoise: boo
     return found[denoise]
 
 
-def _structure(evidence: Evidence, width: int) -> list[str]:
-    """Choices that official files leave as they are, but that their code has."""
-    refine, norm = evidence.has("transformer.decoder.bbox_embed."), evidence.has("transformer.encoder.norm.")
-    evidence.doubt("iter_update", refine)
-    evidence.doubt("pre_norm", norm)
-    # officially a norm after the encoder is all there is to pre_norm: the layers are post-norm all the same
-    after = ["residual.encoder_norm._target_=torch.nn.LayerNorm", f"+residual.encoder_norm.normalized_shape={width}"]
-    return [*["decoder=plain"] * (not refine), *after * norm]
+def encoder_norm(evidence: Evidence, width: int) -> list[str]:
+    """What ``pre_norm`` is here: officially a norm after the encoder is all, the layers are post-norm all the same."""
+    found = evidence.has("transformer.encoder.norm.")
+    evidence.doubt("pre_norm", found)
+    if not found:
+        return []
+    return ["residual.encoder_norm._target_=torch.nn.LayerNorm", f"+residual.encoder_norm.normalized_shape={width}"]
 
 
 def _scale(evidence: Evidence, width: int) -> str:
@@ -166,13 +169,13 @@ def _dense_fields(evidence: Evidence, numbers: int) -> dict[str, Any]:
         "model.anchor_dim": numbers,
         "query_position.modulate_wh": modulated,
         "cross_attention.add_query_pos": keeps,
-        "ffn.activation._target_": f"torch.nn.{_activation(evidence)}",
+        "ffn.activation._target_": f"torch.nn.{activation(evidence)}",
         "postprocess.num_select": evidence.told("postprocess.num_select", "num_select", 300, "300, as published"),
     }
 
 
-def _activation(evidence: Evidence) -> str:
-    """PReLU has a tensor of its own; of the others the settings tell."""
+def activation(evidence: Evidence) -> str:
+    """The class of torch: PReLU has a tensor of its own; of the others the settings tell."""
     if "transformer.encoder.layers.0.activation.weight" in evidence.state:
         evidence.doubt("transformer_activation", "prelu")
         return ACTIVATIONS["prelu"]
@@ -188,10 +191,11 @@ def _activation(evidence: Evidence) -> str:
     return ACTIVATIONS[name]
 
 
-def _temperatures(evidence: Evidence) -> dict[str, Any]:
+def temperatures(evidence: Evidence) -> dict[str, Any]:
+    """Those of rows and columns; no tensor tells them."""
     key = "position.temperature"
     rows = evidence.told(key, "pe_temperatureH", 20.0, "20, as published")
-    columns = evidence.told(key, "pe_temperatureW", rows, "20, as published")
+    columns = evidence.told(key, "pe_temperatureW", float(rows), "20, as published")
     return {key: rows, "position.temperature_x": None if rows == columns else columns}
 
 
@@ -222,16 +226,10 @@ def anchor_fields(evidence: Evidence, patterns: str) -> dict[str, Any]:
 def settings(config: Mapping[str, Any], detector: Detector) -> dict[str, Any]:
     """The official settings of a model of ours; those that decide what it computes."""
     scale = getattr(detector.decoder.query_position, "scale", None)
-    rows = config["position"].get("temperature", 20)
-    activation = ((config["ffn"] or {}).get("activation") or {}).get("_target_", "")
-    names = {f"torch.nn.{ours}": official for official, ours in ACTIVATIONS.items()}
     return {
         **detr.settings(config, detector),
         **anchor_settings(config, detector, "dab_detr"),
-        "pre_norm": isinstance(detector.encoder.norm, nn.LayerNorm),
-        "transformer_activation": names.get(activation, activation),
-        "pe_temperatureH": rows,
-        "pe_temperatureW": config["position"].get("temperature_x") or rows,
+        **layer_settings(config, detector),
         "num_select": config["postprocess"].get("num_select", 300),
         "query_dim": config["model"]["anchor_dim"],
         "iter_update": detector.decoder.refine,
@@ -239,6 +237,19 @@ def settings(config: Mapping[str, Any], detector: Detector) -> dict[str, Any]:
         "modulate_hw_attn": getattr(detector.decoder.query_position, "size_head", None) is not None,
         "keep_query_pos": bool(config["cross_attention"].get("add_query_pos", False)),
         "query_scale_type": _SCALE_OF.get(type(scale), type(scale).__name__),
+    }
+
+
+def layer_settings(config: Mapping[str, Any], detector: Detector) -> dict[str, Any]:
+    """The norm after the encoder, activations and temperatures."""
+    activation = ((config["ffn"] or {}).get("activation") or {}).get("_target_", "")
+    names = {f"torch.nn.{ours}": official for official, ours in ACTIVATIONS.items()}
+    rows = config["position"].get("temperature", 20)
+    return {
+        "pre_norm": isinstance(detector.encoder.norm, nn.LayerNorm),
+        "transformer_activation": names.get(activation, activation),
+        "pe_temperatureH": rows,
+        "pe_temperatureW": config["position"].get("temperature_x") or rows,
     }
 
 

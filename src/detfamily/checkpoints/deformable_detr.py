@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from detfamily.blocks.queries import ProposalQueries
+from detfamily.blocks.proposals import ProposalQueries
 from detfamily.checkpoints import detr
 from detfamily.checkpoints.adapter import Adapter, Join, Rename, Rule
 from detfamily.checkpoints.detr import BACKBONE, FFN, POSITION, dense
@@ -96,11 +96,6 @@ def variant(evidence: Evidence) -> Variant:
     """
     chosen, dilated = backbone(evidence)
     refine, two_stage = stages(evidence)
-    if (two_stage and "query_embed.weight" in evidence.state) or evidence.args.get("num_queries_one2many"):
-        raise CheckpointError(
-            f"{evidence.source} is a file of H-Deformable-DETR (it has learned content for two stages, or queries for "
-            "one-to-many matching), for which there is no adapter"
-        )
     blocks = (*(["decoder=refine"] * refine), *(["query_source=proposals"] * two_stage))
     levels, width = evidence.shape("transformer.level_embed", 2)
     queries = num_proposals(evidence) if two_stage else evidence.shape("query_embed.weight", 2)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from detfamily.build import build_detector, with_num_classes
 from detfamily.checkpoints.adapter import Adapter, listed
-from detfamily.checkpoints.classes import is_class_row, is_first_row_special, move_rows
+from detfamily.checkpoints.classes import is_class_row, is_first_row_special, move_rows, say_object
 from detfamily.checkpoints.coco_classes import COLUMNS, coco_label_map
 from detfamily.checkpoints.registry import UPSTREAMS, official_family, recognise, upstream_for
 from detfamily.checkpoints.variant import Evidence, Variant, as_override, columns
@@ -25,6 +25,7 @@ from detfamily.errors import CheckpointError, ConfigError, DataError
 
 # What thop counts, and what norms that were never frozen count: no weights.
 _NOISE = re.compile(r"(^|\.)(total_ops|total_params|num_batches_tracked)$")
+_AVERAGED = "ema_model"
 _CHOOSES_MODEL = ("family", "experiment")
 _ROOT_LATER = "data.root=''"
 """A data set is named when the model is used, not when its file is converted."""
@@ -40,6 +41,7 @@ class OfficialFile:
         state: official names, without ``module.`` and without what is no weight.
         args: the official settings that are plain values; empty where the file has none.
         ignored: names that are no weights.
+        averaged: whether the weights are the averaged ones; None where the file has none.
     """
 
     path: Path
@@ -47,6 +49,7 @@ class OfficialFile:
     state: dict[str, Tensor]
     args: dict[str, Any]
     ignored: tuple[str, ...]
+    averaged: bool | None = None
 
     @property
     def columns(self) -> int:
@@ -82,22 +85,25 @@ class Translated:
         return UPSTREAMS[self.file.family].repository
 
 
-def read_official(content: Any, path: Path) -> OfficialFile:
+def read_official(content: Any, path: Path, averaged: bool = False) -> OfficialFile:
     """Find the state dict and the settings in what a file holds, and whose they are.
 
     Args:
         content: what ``read_file`` gave.
         path: for messages.
+        averaged: take the averaged weights (EMA), which the official code keeps beside the trained ones.
 
     Raises:
-        CheckpointError: there is no state dict in it, it holds something else than tensors, or no adapter knows it.
+        CheckpointError: there is no state dict in it, or no averaged one; it holds something else than tensors, or no
+            adapter knows it.
     """
     holder = content if isinstance(content, Mapping) else {}
-    state = holder.get("model", content)
+    state = _state(holder, content, path, averaged)
     if not isinstance(state, Mapping) or not state:
         raise CheckpointError(f"{path} holds {_kind(state)}; expected a state dict, by itself or as its 'model'")
+    settings = _settings(holder.get("args"))
     if "state_dict" in state and isinstance(state["state_dict"], Mapping):
-        recognise([str(name) for name in state["state_dict"]], str(path))
+        recognise([str(name) for name in state["state_dict"]], str(path), settings)
         raise CheckpointError(f"{path} keeps its weights as 'state_dict'; official files have them as 'model'")
     odd = [f"{name!r} ({_kind(value)})" for name, value in state.items() if not _is_weight(name, value)]
     if odd:
@@ -106,8 +112,23 @@ def read_official(content: Any, path: Path) -> OfficialFile:
         state = {name.removeprefix("module."): value for name, value in state.items()}
     ignored = tuple(name for name in state if _NOISE.search(name))
     weights = {name: value for name, value in state.items() if not _NOISE.search(name)}
-    family = recognise(weights, str(path))
-    return OfficialFile(path, family, weights, _settings(holder.get("args")), ignored)
+    family = recognise(weights, str(path), settings)
+    return OfficialFile(path, family, weights, settings, ignored, averaged if _AVERAGED in holder else None)
+
+
+def _state(holder: Mapping[Any, Any], content: Any, path: Path, averaged: bool) -> Any:
+    """The trained or the averaged weights."""
+    if averaged and _AVERAGED not in holder:
+        raise CheckpointError(
+            f"{path} has no averaged weights, which official files keep as {_AVERAGED!r}: it holds {_kind(content)}. "
+            "Without ema=true (init_ema=true), its trained ones are taken"
+        )
+    if not averaged and _AVERAGED in holder and "model" not in holder:
+        raise CheckpointError(
+            f"{path} has averaged weights only: it holds {_kind(content)}. They are taken with ema=true (detfamily "
+            "convert) or init_ema=true (detfamily train)"
+        )
+    return holder[_AVERAGED] if averaged else holder.get("model", content)
 
 
 def translate(file: OfficialFile, overrides: Sequence[str] = (), label_map: LabelMap | None = None) -> Translated:
@@ -135,7 +156,7 @@ def translate(file: OfficialFile, overrides: Sequence[str] = (), label_map: Labe
     if cfg.family_name != file.family:
         raise ConfigError(f"{file.path} is of the family {file.family}, and cannot become one of {cfg.family_name}")
     adapter = upstream_for(file.family).adapter(detector)
-    weights = _checked(file, adapter, detector.state_dict())
+    weights = _checked(_without_spare_rows(file, number), adapter, detector.state_dict())
     config = to_container(with_num_classes(cfg, number))
     return Translated(weights, cfg, config, label_map, file, variant, (*words, *overrides))
 
@@ -170,12 +191,18 @@ def to_official(weights: Mapping[str, Tensor], cfg: DictConfig, label_map: Label
     if wrong:
         raise CheckpointError(f"{source}: its weights do not fit its own config and labels: {listed(wrong)}")
     try:
-        state = upstream.adapter(detector).to_official(_by_category_id(kept, label_map))
+        moved = _by_category_id(kept, label_map, say_object(config))
+        state = upstream.adapter(detector).to_official(moved, computed=True)
+        args = upstream.settings(config, detector)
+        if detector.query_source.num_one_to_many and "num_queries_one2many" not in args:
+            raise CheckpointError("its code knows no queries for training alone (model.num_one_to_many)")
     except CheckpointError as error:
         raise CheckpointError(f"{source} cannot become a file of {upstream.repository}: {error}") from None
-    args = upstream.settings(config, detector)
     _check_same_function(OfficialFile(source, family, state, args, ()), config, upstream.repository)
-    return {"model": state, "args": {**args, "num_classes": state[upstream.class_head].shape[0] - upstream.no_object}}
+    args["num_classes"] = state[upstream.class_head].shape[0] - upstream.no_object
+    if upstream.label_book:
+        args["dn_labelbook_size"] = state[upstream.label_book].shape[0] - 1
+    return {"model": state, "args": args}
 
 
 def official_label_map(label_map: LabelMap) -> LabelMap:
@@ -253,6 +280,18 @@ def _heads(overrides: Sequence[str]) -> int | None:
     return int(said[-1]) if said and said[-1].isdigit() and int(said[-1]) else None
 
 
+def _without_spare_rows(file: OfficialFile, number: int) -> OfficialFile:
+    """Embedded labels of just the classes, and the last row: of larger books nobody reads what is between.
+
+    Books without a row beside those of the classes do as well: the last row is nobody's officially.
+    """
+    name = UPSTREAMS[file.family].label_book
+    if name is None or name not in file.state or file.state[name].shape[0] < number:
+        return file
+    book = file.state[name]
+    return replace(file, state={**file.state, name: torch.cat([book[:number], book[-1:]])})
+
+
 def _checked(file: OfficialFile, adapter: Adapter, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under our names, if they are exactly those of the model."""
     known = {name: value for name, value in file.state.items() if set(adapter.our_names(name)) & set(own)}
@@ -293,9 +332,11 @@ def _check_same_function(file: OfficialFile, config: Mapping[str, Any], reposito
 
 
 _ONLY_TRAINING = re.compile(
-    r"(^|\.)(num_classes|num_queries|dropout|prior|zero_init|size_logit|weights|pretrained|frozen_stages)$|^backbone\.norm\.|"
-    r"\.reference\.(random|freeze)_centers$|^heads\.shared_boxes$|"
-    r"^denoising\.(num_groups|label_noise|center_noise|size_noise|eps|attention_mask|embed_labels|max_queries)$"
+    r"(^|\.)(num_classes|num_queries|num_one_to_many|dropout|prior|zero_init|size_logit|weights|pretrained|frozen_stages)$|"
+    r"^backbone\.(norm\.|(drop_path|gradient_checkpointing)$)|"
+    r"\.reference\.(random|freeze)_centers$|^query_source\.answer_all$|^heads\.shared_boxes$|"
+    r"^denoising\.(num_groups|num_queries|max_queries|(label|center|size|corner)_noise|eps|attention_mask|embed_labels|"
+    r"contrastive|own_group)$"
 )
 """Settings of a detector that what it computes from loaded weights does not depend on, or that tensors tell."""
 
@@ -320,7 +361,7 @@ def _flat(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
     return [(prefix, node)]
 
 
-def _by_category_id(weights: Mapping[str, Tensor], label_map: LabelMap) -> dict[str, Tensor]:
+def _by_category_id(weights: Mapping[str, Tensor], label_map: LabelMap, say_object: bool) -> dict[str, Tensor]:
     official = official_label_map(label_map)
     if official is label_map:
         return dict(weights)
@@ -330,7 +371,7 @@ def _by_category_id(weights: Mapping[str, Tensor], label_map: LabelMap) -> dict[
             rows = value.shape[0] - label_map.num_classes + official.num_classes
             # "Never": a logit so low that no other probability feels it, also in 16 bits.
             blank = torch.full((rows, *value.shape[1:]), -100.0 if value.ndim == 1 else 0.0, dtype=value.dtype)
-            value = move_rows(value, label_map, blank, official, is_first_row_special(name))
+            value = move_rows(value, label_map, blank, official, say_object and is_first_row_special(name))
         moved[name] = value
     return moved
 
@@ -345,7 +386,12 @@ def _settings(args: Any) -> dict[str, Any]:
     if not isinstance(found, Mapping):
         return {}
     plain = (bool, int, float, str, type(None))
-    return {key: value for key, value in found.items() if isinstance(key, str) and type(value) in plain}
+    lists = {key: list(value) for key, value in found.items() if isinstance(value, (list, tuple))}
+    return {
+        key: value
+        for key, value in {**found, **lists}.items()
+        if isinstance(key, str) and all(type(one) in plain for one in (value if key in lists else [value]))
+    }
 
 
 def _is_weight(name: Any, value: Any) -> bool:

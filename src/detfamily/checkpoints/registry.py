@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from detfamily.checkpoints import conditional_detr, dab_deformable_detr, dab_detr, deformable_detr, detr
+from detfamily.checkpoints import (
+    conditional_detr,
+    dab_deformable_detr,
+    dab_detr,
+    deformable_detr,
+    detr,
+    dino,
+    h_deformable_detr,
+)
 from detfamily.checkpoints.adapter import Adapter, listed
 from detfamily.checkpoints.variant import Evidence, Variant
 from detfamily.detector import Detector
@@ -26,6 +34,8 @@ class Upstream:
         settings: config and detector of ours -> its settings.
         no_object: whether the class head has a last row for "no object".
         class_head: a tensor with a row per class.
+        label_book: embedded labels that may have more rows than classes, of which the last one is no class.
+        tells: from names and stored settings, whether a file is of this project, where another has the same marks.
     """
 
     repository: str
@@ -35,6 +45,8 @@ class Upstream:
     settings: Callable[[Mapping[str, Any], Detector], dict[str, Any]]
     no_object: bool
     class_head: str
+    label_book: str | None = None
+    tells: Callable[[Collection[str], Mapping[str, Any]], bool] | None = None
 
 
 UPSTREAMS: dict[str, Upstream] = {
@@ -77,6 +89,26 @@ UPSTREAMS: dict[str, Upstream] = {
         False,
         "class_embed.0.weight",
     ),
+    "dino": Upstream(
+        "IDEA-Research/DINO",
+        dino.MARKS,
+        dino.adapter,
+        dino.variant,
+        dino.settings,
+        False,
+        "class_embed.0.weight",
+        label_book=dino.LABEL_BOOK,
+    ),
+    "h_deformable_detr": Upstream(
+        "HDETR/H-Deformable-DETR",
+        h_deformable_detr.MARKS,
+        h_deformable_detr.adapter,
+        h_deformable_detr.variant,
+        h_deformable_detr.settings,
+        False,
+        "class_embed.0.weight",
+        tells=h_deformable_detr.tells,
+    ),
 }
 """Family -> where its official weights come from."""
 
@@ -96,7 +128,6 @@ _OTHERS = (
         r"transformer\.decoder\.layers\.\d+\.(lvl_attn|cross_attn_list)\.",
         "DN-DETR with deformable attention in the encoder alone",
     ),
-    (r"transformer\.(tgt_embed|enc_out_class_embed|enc_out_bbox_embed)\.", "DINO or one of its descendants"),
     (r"transformer\.encoder\.layers\.0\.attentions\.0\.", "detrex, which renames the official tensors"),
     (r"(bbox_head|query_head|roi_head|rpn_head)\.", "mmdetection"),
     (r"model\.(backbone\.conv_encoder|encoder\.layers)\.", "Hugging Face transformers"),
@@ -104,6 +135,9 @@ _OTHERS = (
     (r"layer4\.\d+\.conv2\.weight", "a ResNet alone: give it as backbone.weights=PATH to a training from scratch"),
 )
 """Files that come by, each by a name that it has and those below it have not."""
+
+_DESCENDANT = r"transformer\.(tgt_embed|enc_out_(class|bbox)_embed)\."
+"""What those have that go on from DINO's code, also where little else of it is left."""
 
 
 def upstream_for(family: str) -> Upstream:
@@ -118,7 +152,9 @@ def upstream_for(family: str) -> Upstream:
 
 
 def official_family(family: str, detector: Detector) -> str:
-    """The family whose files a detector's weights go to: denoising decides, whatever its own is called."""
+    """The family whose files a detector's weights go to: its blocks decide, whatever its own is called."""
+    if family == "deformable_detr" and h_deformable_detr.is_needed(detector):
+        return "h_deformable_detr"
     plain = next((one for one, name in DENOISED.items() if name == family), family)
     return plain if detector.denoising is None else DENOISED.get(plain, family)
 
@@ -132,8 +168,13 @@ def adapter_for(family: str, detector: Detector) -> Adapter:
     return upstream_for(family).adapter(detector)
 
 
-def recognise(names: Iterable[str], source: str) -> str:
+def recognise(names: Iterable[str], source: str, settings: Mapping[str, Any] | None = None) -> str:
     """The family whose official file has these names.
+
+    Args:
+        names: of its tensors.
+        source: the file, for messages.
+        settings: those stored in it.
 
     Raises:
         CheckpointError: a panoptic model, a file of a project that has no adapter, or of nothing known.
@@ -149,9 +190,13 @@ def recognise(names: Iterable[str], source: str) -> str:
         if found := next((name for name in names if re.match(pattern, name)), None):
             raise CheckpointError(f"{source} is a file of {words} (it has {found}); {_readable()}")
     # One missing name makes a file incomplete, which is said later by name, and not a file of something else.
-    _, share, best = max((*_marked(one, set(names)), family) for family, one in UPSTREAMS.items())
+    there, given = set(names), settings or {}
+    known = {family: one for family, one in UPSTREAMS.items() if one.tells is None or one.tells(there, given)}
+    _, share, _, best = max((*_marked(one, there), one.tells is not None, family) for family, one in known.items())
     if share > 0.5:
         return best
+    if found := next((name for name in names if re.match(_DESCENDANT, name)), None):
+        raise CheckpointError(f"{source} is a file of a descendant of DINO (it has {found}); {_readable()}")
     raise CheckpointError(f"{source} holds tensors of no known project ({listed(names, 4)}); {_readable()}")
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detfamily.checkpoints.adapter import listed
-from detfamily.checkpoints.classes import LABEL_EMBED, compare, is_class_row, is_first_row_special, move_rows
+from detfamily.checkpoints.classes import LABEL_EMBED, compare, is_class_row, is_first_row_special, move_rows, say_object
 from detfamily.checkpoints.official import computation, model_overrides, read_official, translate, unequal
 from detfamily.checkpoints.read import read_file
 from detfamily.data.labels import LabelMap
@@ -45,6 +45,7 @@ class Initial:
         config: of its model, resolved.
         assumed: settings in ``config`` that the file does not tell.
         fits: overrides that make a model of its kind; empty where they are not known.
+        unused: averaged or trained weights that the file has, too, in words; "" where it has not.
     """
 
     path: Path
@@ -54,6 +55,7 @@ class Initial:
     config: dict[str, Any]
     assumed: tuple[str, ...] = ()
     fits: tuple[str, ...] = ()
+    unused: str = ""
 
     @property
     def has_backbone(self) -> bool:
@@ -73,29 +75,56 @@ class Report:
     warnings: tuple[str, ...]
 
 
-def read_initial(path: str | Path) -> Initial:
-    """Read weights to start from: a checkpoint of ours (its averaged weights, if it has any), or an official file.
+def read_initial(path: str | Path, averaged: bool | None = None) -> Initial:
+    """Read weights to start from: a checkpoint of ours, or an official file.
+
+    Args:
+        path: the file.
+        averaged: take the averaged weights (EMA), or the trained ones; None takes the averaged ones of our files, if
+            they have any, and the trained ones of official files.
 
     Raises:
-        CheckpointError: the file is missing, broken, hostile, or of nothing that can be read.
+        CheckpointError: the file is missing, broken, hostile, or of nothing that can be read; or it has no averaged
+            weights, and they are wanted.
     """
     path = checkpoint.require(path)
     content = read_file(path)
     if checkpoint.is_ours(content):
-        state = checkpoint.check(content, path)
-        weights = state["ema"]["model"] if state.get("ema") else state["model"]
-        if not isinstance(state["config"].get("detector"), Mapping):
-            raise CheckpointError(f"{path} is damaged: its config has no detector")
-        stored = state.get("origin")
-        origin: Mapping[str, Any] = stored if isinstance(stored, Mapping) else {}
-        words = f"from {origin['repository']}" if "repository" in origin else "a checkpoint of detfamily"
-        label_map = LabelMap.from_state_dict(state["label_map"])
-        assumed, fits = (tuple(origin.get(key, ())) for key in ("assumed", "fits"))
-        return Initial(path, words, weights, label_map, state["config"], assumed, fits)
-    found = translate(read_official(content, path))
+        return _read_ours(checkpoint.check(content, path), path, averaged)
+    file = read_official(content, path, bool(averaged))
+    found = translate(file)
     assumed, fits = tuple(found.variant.assumed), model_overrides(found.variant)
-    words = f"of {found.repository}"
-    return Initial(path, words, found.weights, found.label_map, found.config, assumed, fits)
+    words = f"of {found.repository}" + ", averaged" * bool(file.averaged)
+    unused = _unused(file.averaged)
+    return Initial(path, words, found.weights, found.label_map, found.config, assumed, fits, unused)
+
+
+def _read_ours(state: Mapping[str, Any], path: Path, averaged: bool | None) -> Initial:
+    there = bool(state.get("ema"))
+    if averaged and not there:
+        raise CheckpointError(
+            f"{path} has no averaged weights: it was trained without optimizer.ema_decay. Without init_ema=true, its trained "
+            "ones are taken"
+        )
+    taken = there and averaged is not False
+    weights = state["ema"]["model"] if taken else state["model"]
+    if not isinstance(state["config"].get("detector"), Mapping):
+        raise CheckpointError(f"{path} is damaged: its config has no detector")
+    stored = state.get("origin")
+    origin: Mapping[str, Any] = stored if isinstance(stored, Mapping) else {}
+    words = f"from {origin['repository']}" if "repository" in origin else "a checkpoint of detfamily"
+    label_map = LabelMap.from_state_dict(state["label_map"])
+    assumed, fits = (tuple(origin.get(key, ())) for key in ("assumed", "fits"))
+    return Initial(path, words, weights, label_map, state["config"], assumed, fits, _unused(taken if there else None))
+
+
+def _unused(averaged: bool | None) -> str:
+    """What of a file's two sets of weights is left, from which one was taken; None where there is one only."""
+    if averaged is None:
+        return ""
+    if averaged:
+        return "the averaged weights are taken; the file has the trained ones, too (init_ema=false)"
+    return "the trained weights are taken; the file has averaged ones, too (init_ema=true)"
 
 
 def start_from(
@@ -115,14 +144,16 @@ def start_from(
     """
     own = detector.state_dict()
     weights = {name: value for name, value in initial.weights.items() if name in own or not _COUNTER.search(name)}
+    agnostic = [say_object(one) for one in (initial.config, config)]
     new, wrong, equal, queries = {}, [], 0, ""
     for name, target in own.items():
         if name not in weights:
             continue
         given = weights[name]
         if is_class_row(name) and initial.label_map != label_map:
-            moved = _class_rows(name, given, target, initial.label_map, label_map)
-            if moved is None:
+            special = [one and is_first_row_special(name) for one in agnostic]
+            moved = _class_rows(name, given, target, initial.label_map, label_map, special[1])
+            if moved is None or special[0] != special[1]:
                 wrong.append(f"{name} {list(given.shape)}, a class head of another kind than {list(target.shape)}")
             else:
                 new[name] = moved
@@ -138,10 +169,14 @@ def start_from(
     missing = [name for name in own if name not in weights and not _COUNTER.search(name)]
     left = [name for name in weights if name not in own]
     _refuse(initial, config, missing, left, wrong, bool(new), partial)
-    content, kept = _keep_content(weights, own, new)
+    content, kept = "", True
+    if all(_starts_empty(one) or _CONTENT in tensors for one, tensors in ((initial.config, weights), (config, own))):
+        content, kept = _keep_content(weights, own, new)
     detector.load_state_dict(new, strict=False)
 
     rows = [("weights", f"{initial.path} ({initial.origin}): {equal} of {len(own)} tensors as they are")]
+    if initial.unused:
+        rows.append(("averaging", initial.unused))
     if initial.label_map != label_map:
         rows.append(("classes", _class_words(initial, label_map)))
     if queries:
@@ -197,7 +232,14 @@ def _keep_content(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], new:
     return 'is no longer the embedding of "unknown", which has no place without denoising', False
 
 
-def _class_rows(name: str, given: Tensor, target: Tensor, theirs: LabelMap | None, ours: LabelMap) -> Tensor | None:
+def _starts_empty(config: Mapping[str, Any]) -> bool:
+    """Whether queries bring no content: those that the encoder proposes always do."""
+    return "class_head" not in config["detector"]["query_source"]
+
+
+def _class_rows(
+    name: str, given: Tensor, target: Tensor, theirs: LabelMap | None, ours: LabelMap, first_row_special: bool
+) -> Tensor | None:
     """The head's tensor with the rows that go over; None if it is a head of another kind."""
     if theirs is None:
         unknown = name == LABEL_EMBED and given.shape[1:] == target.shape[1:]
@@ -205,7 +247,7 @@ def _class_rows(name: str, given: Tensor, target: Tensor, theirs: LabelMap | Non
     no_object = [tensor.shape[0] - one.num_classes for tensor, one in ((given, theirs), (target, ours))]
     if given.shape[1:] != target.shape[1:] or no_object[0] != no_object[1] or no_object[0] < 0:
         return None
-    return move_rows(given, theirs, target, ours, is_first_row_special(name))
+    return move_rows(given, theirs, target, ours, first_row_special)
 
 
 def _class_words(initial: Initial, label_map: LabelMap) -> str:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from detfamily.checkpoints import swin
 from detfamily.errors import CheckpointError
 
 IN_TRAINING = "in training only"
@@ -75,6 +77,11 @@ class Evidence:
         numbers = [name.removeprefix(prefix).partition(".")[0] for name in self.state if name.startswith(prefix)]
         return max((int(number) + 1 for number in numbers if number.isdigit()), default=0)
 
+    def same(self, prefix: str, other: str) -> bool:
+        """Whether the tensors under two prefixes are equal, as far as both are there: copies may be left out."""
+        pairs = ((name, other + name.removeprefix(prefix)) for name in self.state if name.startswith(prefix))
+        return all(torch.equal(self.state[one], self.state[two]) for one, two in pairs if two in self.state)
+
     def told(self, key: str, official: str, default: Any, why: str) -> Any:
         """A setting that no tensor tells: the stored one, else a default that is reported under ``key``.
 
@@ -125,10 +132,13 @@ def transformer(evidence: Evidence, width: int, queries: int, dropout: float = 0
 
 
 def backbone(evidence: Evidence) -> tuple[list[str], bool]:
-    """Choices for the official backbone under ``backbone.0.body``, and whether it is dilated (DC5).
+    """Choices for the official backbone under ``backbone.0``, and whether it is dilated (DC5).
 
-    Dilation leaves no trace in the tensors: the stored settings tell, else the file's name.
+    Dilation of a ResNet leaves no trace in the tensors: the stored settings tell, else the file's name.
     """
+    for prefix in swin.PREFIXES:
+        if evidence.has(f"{prefix}patch_embed."):
+            return swin.choices(evidence, prefix)
     prefix = "backbone.0.body."
     depth = evidence.count(f"{prefix}layer3.")
     bottleneck = f"{prefix}layer1.0.conv3.weight" in evidence.state

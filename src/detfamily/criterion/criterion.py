@@ -108,7 +108,7 @@ class Criterion(nn.Module):
         parts: dict[str, Tensor] = {}
         for name, group in layers.items():
             first, rule = len(predictions[name].logits) - len(group.logits), self._rule(name)
-            divisor = normalizer.of(group)
+            divisor = rule.normalizer(normalizer, group)
             for loss_name, loss in self.losses.items():
                 if loss_name in rule.left_out:
                     continue

@@ -6,7 +6,7 @@ per layer, (D,).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +30,6 @@ class Normalizer:
     counts: Tensor
     world_size: int = 1
     copies: int = 1
-
-    def of(self, group: Predictions) -> Normalizer:
-        """The one of a group of predictions: copies of objects are counted as often as they answer."""
-        if group.given is None:
-            return self
-        return replace(self, counts=self.counts.clamp(max=group.given.limit), copies=group.given.copies)
 
     def num_boxes(self) -> Tensor:
         """Objects that are answered for per process, 1 of them at least."""

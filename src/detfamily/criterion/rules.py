@@ -1,4 +1,4 @@
-"""Rules: how the predictions of one group of queries are told what to answer for."""
+"""Rules: how the predictions of one group of queries are told what to answer for, and what their losses count."""
 
 from __future__ import annotations
 
@@ -7,28 +7,44 @@ from dataclasses import replace
 
 import torch
 
+from detfamily.criterion.losses import Normalizer
 from detfamily.structures import Predictions, Targets
 
 
 class Hungarian:
-    """One query per object, by the cheapest assignment.
+    """By the cheapest assignment, one query per object, or several.
 
     Args:
         class_agnostic: every object counts as the first class: proposals only say "object" (Deformable DETR, A.4).
         weight: of this group's losses in the total.
         left_out: losses that this group goes without.
+        repeats: queries that answer for each object (one-to-many matching, H-DETR, arXiv 2207.13080, 3.2).
+
+    Raises:
+        ValueError: repeats is less than 1.
     """
 
-    def __init__(self, class_agnostic: bool = False, weight: float = 1.0, left_out: Sequence[str] = ()) -> None:
+    def __init__(
+        self, class_agnostic: bool = False, weight: float = 1.0, left_out: Sequence[str] = (), repeats: int = 1
+    ) -> None:
+        if repeats < 1:
+            raise ValueError(
+                f"criterion.groups: repeats={repeats}, expected 1 or more; a weight of 0 turns a group off"
+            )
         self.class_agnostic = class_agnostic
         self.weight = weight
         self.left_out = tuple(left_out)
+        self.repeats = repeats
 
     def targets(self, targets: Targets, predictions: Predictions) -> Targets:
         """What this group is trained on."""
         if self.class_agnostic:
-            return replace(targets, labels=torch.zeros_like(targets.labels))
-        return targets
+            targets = replace(targets, labels=torch.zeros_like(targets.labels))
+        return targets if self.repeats == 1 else _repeated(targets, self.repeats)
+
+    def normalizer(self, normalizer: Normalizer, predictions: Predictions) -> Normalizer:
+        """What this group's losses are divided by."""
+        return normalizer if self.repeats == 1 else replace(normalizer, counts=normalizer.counts * self.repeats)
 
 
 class Known:
@@ -48,5 +64,24 @@ class Known:
         assert predictions.given is not None
         return predictions.given.targets
 
+    def normalizer(self, normalizer: Normalizer, predictions: Predictions) -> Normalizer:
+        """What this group's losses are divided by: objects are counted as often as they are answered for."""
+        given = predictions.given
+        assert given is not None
+        return replace(normalizer, counts=normalizer.counts.clamp(max=given.limit), copies=given.copies)
+
 
 Rule = Hungarian | Known
+
+
+def _repeated(targets: Targets, repeats: int) -> Targets:
+    """All objects of an image so many times in a row, without gaps between them."""
+    counts = torch.tensor(targets.counts).clamp(min=1)[:, None]
+    index = torch.arange(targets.labels.shape[1] * repeats)[None] % counts
+    index = index.to(targets.labels.device, non_blocking=True)
+    return replace(
+        targets,
+        labels=targets.labels.gather(1, index),
+        boxes=targets.boxes.gather(1, index[..., None].expand(-1, -1, 4)),
+        counts=tuple(count * repeats for count in targets.counts),
+    )

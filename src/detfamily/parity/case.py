@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,15 @@ class Case:
     def loss_settings(self) -> dict[str, Any]:
         """Settings of matcher and losses by their official names, wherever in the json they stand."""
         stated = self.info["matcher_and_loss"]
-        return {**stated, **stated.get("args", {})}
+        return {**self.info["args"], **stated, **stated.get("args", {})}
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """The same case with all its numbers in another precision."""
+        io, weights = (
+            {key: value.to(dtype) if value.is_floating_point() else value for key, value in one.items()}
+            for one in (self.io, self.weights)
+        )
+        return replace(self, io=io, weights=weights)
 
     def sub_cases(self) -> list[str]:
         """Prefixes under which losses or matches of other targets on the same model are stored; "" is the case."""

@@ -1,4 +1,4 @@
-"""Golden cases of denoising: the official random draws in the place of ours, and all that is made of them."""
+"""Golden cases of DN-DETR's denoising: the official random draws in the place of ours, and all that is made of them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from detfamily.blocks.patterns import Patterns
 from detfamily.blocks.queries import LearnedQueries
 from detfamily.blocks.references import LearnedReference
 from detfamily.detector import Detector
+from detfamily.parity import contrastive
 from detfamily.parity.case import Case
-from detfamily.structures import Images, Predictions, Queries, Targets, Tokens
+from detfamily.structures import Predictions, Queries, Targets, Tokens
 
 
 class StoredDraws:
@@ -24,18 +25,21 @@ class StoredDraws:
         label_chance: (n,) one for each copy.
         new_label: one for each copy that gets another label.
         box: (n, 4) one for each copy.
+        sign: (n, 4) 0 or 1, one for each copy.
     """
 
-    def __init__(self, label_chance: Tensor | None, new_label: Tensor | None, box: Tensor | None) -> None:
-        self.label_chance, self.new_label, self.box = label_chance, new_label, box
+    def __init__(
+        self, label_chance: Tensor | None, new_label: Tensor | None, box: Tensor | None, sign: Tensor | None = None
+    ) -> None:
+        self.label_chance, self.new_label, self.box, self.sign = label_chance, new_label, box, sign
 
     def uniform(self, wanted: Tensor, *more: int) -> Tensor:
         """The stored numbers where they are wanted, zeros elsewhere."""
         return _placed(wanted, self.box if more else self.label_chance)
 
-    def integers(self, wanted: Tensor, end: int) -> Tensor:
-        """The stored labels where they are wanted, zeros elsewhere."""
-        return _placed(wanted, self.new_label)
+    def integers(self, wanted: Tensor, end: int, *more: int) -> Tensor:
+        """The stored labels or signs where they are wanted, zeros elsewhere."""
+        return _placed(wanted, self.sign if more else self.new_label)
 
 
 def _placed(wanted: Tensor, stored: Tensor | None) -> Tensor:
@@ -46,14 +50,18 @@ def _placed(wanted: Tensor, stored: Tensor | None) -> Tensor:
     return placed
 
 
-def predict(case: Case, prefix: str, detector: Detector, images: Images, targets: Targets) -> dict[str, Predictions]:
-    """What a detector says in training with the stored noise."""
-    assert detector.denoising is not None
-    names = ("rand_label_p", "rand_new_label", "rand_box")
-    draws = StoredDraws(*(case.io.get(f"{prefix}dn.{name}") for name in names))
-    detector.denoising.draws = cast("Draws", draws)
-    said: dict[str, Predictions] = detector(images, targets)
-    return said
+def stored_draws(case: Case, prefix: str) -> Draws:
+    """Draws for ``Denoising.draws``: those of DN-DETR's cases, or those of DINO's."""
+    names: tuple[str, ...] = ("dn.rand_label_p", "dn.rand_new_label", "dn.rand_box")
+    if any(key.startswith(f"{prefix}cdn.") for key in case.io):
+        names = tuple(f"cdn.draw.{name}" for name in ("label_p", "new_label", "box_part", "box_sign01"))
+    return cast("Draws", StoredDraws(*(case.io.get(prefix + name) for name in names)))
+
+
+def can_train(case: Case, prefix: str, detector: Detector) -> bool:
+    """Whether the case has the noise that the detector needs in training, or it needs none."""
+    stored = any(key.startswith((f"{prefix}cdn.", f"{prefix}dn.")) for key in case.io)
+    return stored or detector.denoising is None
 
 
 def expected(case: Case) -> dict[str, tuple[Tensor, str]]:
@@ -69,8 +77,12 @@ def results(
     case: Case, prefix: str, detector: Detector, predictions: dict[str, Predictions], targets: Targets
 ) -> dict[str, Tensor]:
     """The copies, their queries, and what they say, in the official form: flat lists, copy by copy."""
-    denoising, said = detector.denoising, predictions["denoise"]
-    assert denoising is not None and said.given is not None
+    denoising = detector.denoising
+    assert denoising is not None
+    if any(key.startswith(f"{prefix}cdn.") for key in case.io):
+        return contrastive.results(denoising, prefix, targets, detector.query_source.num_queries)
+    said = predictions["denoise"]
+    assert said.given is not None
     batch, slots = targets.labels.shape
     groups = said.given.copies
     valid = targets.valid.expand(groups, -1, -1)
@@ -106,7 +118,7 @@ def _queries(detector: Detector, denoising: Denoising, targets: Targets, box_log
     anchors = torch.cat([reference.center_logit, reference.size_logit], -1).repeat(
         max(1, cast("Patterns", detector.patterns).num_patterns), 1
     )
-    queries, _ = detector.query_source(Tokens(anchors.new_zeros(len(targets), 1, denoising.embed_dim)))
+    queries, _ = detector.query_source(Tokens(anchors.new_zeros(len(targets), 1, denoising.embed_dim)), detector.heads)
     repeated = Queries(
         content=queries.content.repeat(1, len(anchors) // queries.content.shape[1], 1),
         reference_points=anchors.sigmoid().expand(len(targets), -1, -1),

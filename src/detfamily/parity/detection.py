@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,9 @@ from detfamily.parity import denoising
 from detfamily.parity.case import Case
 from detfamily.parity.compare import TIE
 from detfamily.structures import Images, Predictions, Size, Targets
+
+PROPOSALS = ("enc", "interm")
+"""What the official codes call the group "proposals": Deformable DETR, and DINO."""
 
 OFFICIAL_LOSS = {"class": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou"}
 """Our names of losses -> the official ones, before the suffix that tells the layer."""
@@ -63,13 +67,14 @@ def results(case: Case, overrides: Sequence[str]) -> dict[str, Tensor]:
     initial = copy.deepcopy(setup.detector.state_dict())
     ours: dict[str, Tensor] = {}
     predictions: dict[str, Predictions] = {}
-    setup.detector.train()
-    for prefix in [name for name in case.sub_cases() if name != "eval."]:
+    for prefix in sorted({"", *case.sub_cases()} - {"eval."}):
+        setup.detector.train(case.info.get("mode") != "eval" and denoising.can_train(case, prefix, setup.detector))
         targets = _targets(case, prefix, len(setup.images))
-        if setup.detector.denoising is None:
+        if setup.detector.denoising is None or not setup.detector.training:
             predictions = predictions or setup.detector(setup.images)
         elif targets is not None:
-            predictions = denoising.predict(case, prefix, setup.detector, setup.images, targets)
+            setup.detector.denoising.draws = denoising.stored_draws(case, prefix)
+            predictions = setup.detector(setup.images, targets)
             ours |= denoising.results(case, prefix, setup.detector, predictions, targets)
         ours |= _of_targets(case, setup, predictions, targets, prefix)
         ours |= _outputs(predictions, f"{prefix}out.")
@@ -77,7 +82,8 @@ def results(case: Case, overrides: Sequence[str]) -> dict[str, Tensor]:
         evaluated = setup.detector.eval()(setup.images)
     ours |= _outputs(evaluated, "eval.out.")
     ours |= _of_targets(case, setup, evaluated, _targets(case, "", len(setup.images)), "eval.")
-    ours |= _detections(case, setup, evaluated)
+    answers_seen = setup.detector.denoising is not None and not setup.detector.denoising.own_group
+    ours |= _detections(case, setup, predictions if answers_seen else evaluated)
     for prefix in sorted({key[: key.index("train.")] for key in case.io if re.search(r"(^|\.)train\.", key)}):
         setup.detector.load_state_dict(initial)
         ours |= _training(case, setup, prefix)
@@ -92,6 +98,9 @@ def _set_up(case: Case, overrides: Sequence[str]) -> Setup:
     backbone = StoredFeatures(maps) if maps else None
     detector = build_detector(cfg, width - 1 if softmax else width, pretrained=False, backbone=backbone).to(case.dtype)
     adapter = adapter_for(cfg.family_name, detector)
+    if detector.denoising is not None and "label_enc.weight" in case.weights:  # official books may be longer
+        rows, width = case.weights["label_enc.weight"].shape
+        detector.denoising.label_embed = nn.Embedding(rows, width, dtype=case.dtype)
     detector.load_state_dict(_as_loaded(adapter, case), strict=True)
     return Setup(detector, build_criterion(cfg), build_postprocess(cfg), adapter, images, maps)
 
@@ -153,10 +162,10 @@ def _of_targets(
     losses = setup.criterion(predictions, targets)
     depth = len(predictions["match"].logits)
     ours = {f"{prefix}loss.total": losses.total.detach()}
-    for name, value in losses.parts.items():
+    for name, value in _all_parts(setup.criterion, predictions, targets, losses).items():
         group, layer, loss = name.split("/")
-        official = f"{'tgt_' * (group == 'denoise')}{OFFICIAL_LOSS[loss]}{_loss_suffix(group, int(layer), depth)}"
-        ours[f"{prefix}loss.{official}"] = value
+        for official in _loss_names(group, OFFICIAL_LOSS[loss], "" if int(layer) == depth - 1 else f"_{layer}"):
+            ours[f"{prefix}loss.{official}"] = value * setup.criterion.groups[group].weight ** (group == "one_to_many")
     for group in (name for name in losses.assignments if name != "denoise"):
         ours |= _matches(case, setup, predictions, targets, losses, group, prefix)
     if any(key.startswith(f"{prefix}grad") for key in case.io):
@@ -164,10 +173,26 @@ def _of_targets(
     return ours
 
 
-def _loss_suffix(group: str, layer: int, depth: int) -> str:
+def _all_parts(
+    criterion: Criterion, predictions: dict[str, Predictions], targets: Targets, losses: Losses
+) -> dict[str, Tensor]:
+    """All losses of all layers, also those that have no weight here: official code may compute them all the same."""
+    everything = copy.copy(criterion)
+    everything.aux_loss = True
+    everything.groups = {name: copy.copy(rule) for name, rule in criterion.groups.items()}
+    for rule in everything.groups.values():
+        rule.left_out = ()
+    parts: dict[str, Tensor] = everything(predictions, targets).parts
+    return parts | losses.parts
+
+
+def _loss_names(group: str, loss: str, layer: str) -> list[str]:
+    """What the official codes call a loss; each of them knows one name of these."""
     if group == "proposals":
-        return "_enc"
-    return "" if layer == depth - 1 else f"_{layer}"
+        return [f"{loss}_{name}" for name in PROPOSALS]
+    if group == "denoise":
+        return [f"tgt_{loss}{layer}", f"{loss}_dn{layer}"]
+    return [f"{loss}{layer}{'_one2many' if group == 'one_to_many' else ''}"]
 
 
 def _matches(
@@ -186,22 +211,36 @@ def _matches(
     first = depth - len(assignment.query)
     wanted = setup.criterion.groups[group].targets(targets, predictions[group])
     costs = setup.criterion.matcher.cost(predictions[group], wanted)
+    repeats = getattr(setup.criterion.groups[group], "repeats", 1)
     for layer in range(first, depth):
-        place = "enc." if group == "proposals" else "" if layer == depth - 1 else f"aux.{layer}."
-        for image, (query, target) in enumerate(pairs(assignment, targets.counts, layer - first)):
-            key = f"{prefix}match.{place}{image}"
-            src, tgt = case.io.get(f"{key}.src"), case.io.get(f"{key}.tgt")
-            if src is not None and tgt is not None and _cost_the_same(costs[layer, image], (src, tgt), (query, target)):
-                query, target = src, tgt
-            ours[f"{key}.src"], ours[f"{key}.tgt"] = query, target
+        for image, (query, target) in enumerate(pairs(assignment, wanted.counts, layer - first)):
+            target = target % max(1, targets.counts[image])  # copies of an object are alike
+            for key in (f"{prefix}match.{place}{image}" for place in _places(group, layer, depth)):
+                src, tgt = case.io.get(f"{key}.src"), case.io.get(f"{key}.tgt")
+                matched = (query, target)
+                if src is not None and tgt is not None:
+                    cost = costs[layer, image, :, : targets.counts[image]]
+                    if _cost_the_same(cost, (src, tgt), matched, repeats):
+                        matched = (src, tgt)
+                ours[f"{key}.src"], ours[f"{key}.tgt"] = matched
     return ours
 
 
-def _cost_the_same(cost: Tensor, stored: tuple[Tensor, Tensor], ours: tuple[Tensor, Tensor]) -> bool:
+def _places(group: str, layer: int, depth: int) -> list[str]:
+    """Where the results of a group and layer lie, under each name that some official code has for the group."""
+    place = "" if layer == depth - 1 else f"aux.{layer}."
+    if group == "proposals":
+        return [f"{name}." for name in PROPOSALS]
+    if group == "denoise":
+        return [f"dn.{place}"]
+    return [f"one2many.{place}", f"{place}one2many."] if group == "one_to_many" else [place]
+
+
+def _cost_the_same(cost: Tensor, stored: tuple[Tensor, Tensor], ours: tuple[Tensor, Tensor], repeats: int = 1) -> bool:
     """Ties within 1e-5 are decided by rounding; tokens in the padding all say the same, so they tie as well."""
-    for indices, end in zip(stored, cost.shape, strict=True):
-        valid = {index for index in indices.tolist() if 0 <= index < end}
-        if len(indices) != len(ours[0]) or len(valid) != len(indices):
+    for indices, end, most in zip(stored, cost.shape, (1, repeats), strict=True):
+        inside = all(0 <= index < end for index in indices.tolist())
+        if len(indices) != len(ours[0]) or not inside or max(Counter(indices.tolist()).values(), default=0) > most:
             return False
     return bool((cost[stored].sum() - cost[ours].sum()).abs() <= TIE * max(1, len(ours[0])))
 
@@ -222,6 +261,7 @@ def _gradients(setup: Setup, losses: Losses, prefix: str) -> dict[str, Tensor]:
         if f"{prefix}grad.{name}" not in ours:  # no gradient: zeros, or the NaN that stands for none in statistics
             ours[f"{prefix}grad.{name}"] = torch.zeros_like(parameter)
             ours[f"{prefix}gradstat.{name}"] = torch.full((3,), torch.nan)
+            ours[f"{prefix}grad_norm.{name}"] = ours[f"{prefix}gradnorm.{name}"] = torch.zeros(())
     for index, one in enumerate(setup.maps):
         if one.grad is not None:
             ours[f"{prefix}grad.features.{index}"] = ours[f"{prefix}grad_input.features.{index}"] = one.grad.clone()
@@ -236,13 +276,11 @@ def _official_gradients(setup: Setup) -> dict[str, Tensor]:
 def _outputs(predictions: dict[str, Predictions], prefix: str) -> dict[str, Tensor]:
     ours: dict[str, Tensor] = {}
     for group, said in predictions.items():
-        if group == "denoise":
-            continue
-        depth = len(said.logits)
-        for layer in range(depth):
-            place = "enc." if group == "proposals" else "" if layer == depth - 1 else f"aux.{layer}."
-            ours[f"{prefix}{place}pred_logits"] = said.logits[layer].detach()
-            ours[f"{prefix}{place}pred_boxes"] = said.boxes[layer].detach()
+        suffix = "_one2many" if group == "one_to_many" else ""
+        for layer in range(len(said.logits)):
+            for place in _places("match" if suffix else group, layer, len(said.logits)):
+                ours[f"{prefix}{place}pred_logits{suffix}"] = said.logits[layer].detach()
+                ours[f"{prefix}{place}pred_boxes{suffix}"] = said.boxes[layer].detach()
     return ours
 
 
@@ -250,9 +288,9 @@ def _detections(case: Case, setup: Setup, predictions: dict[str, Predictions]) -
     ours: dict[str, Tensor] = {}
     for image, found in enumerate(setup.postprocess(predictions, setup.images)):
         ours |= {
-            f"post.{image}.scores": found.scores,
+            f"post.{image}.scores": found.scores.detach(),
             f"post.{image}.labels": found.labels,
-            f"post.{image}.boxes": found.boxes_xyxy,
+            f"post.{image}.boxes": found.boxes_xyxy.detach(),
         }
     return ours
 

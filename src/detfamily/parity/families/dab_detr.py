@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from detfamily.blocks.boxes import inverse_sigmoid
@@ -33,11 +36,9 @@ def overrides(case: Case) -> list[str]:
         chosen.append("heads.shared_boxes=false")
     if args.get("keep_query_pos"):
         chosen.append("cross_attention.add_query_pos=true")
-    if args.get("pre_norm"):  # officially only a norm after the encoder; the layers are post-norm all the same
-        width = f"+residual.encoder_norm.normalized_shape={args['hidden_dim']}"
-        chosen += ["residual.encoder_norm._target_=torch.nn.LayerNorm", width]
     return [
         *chosen,
+        *norm_after_encoder(args),
         *anchor_overrides(case),
         f"model.anchor_dim={args.get('query_dim', 4)}",
         f"query_position.modulate_wh={str(args.get('modulate_hw_attn', True)).lower()}",
@@ -45,6 +46,14 @@ def overrides(case: Case) -> list[str]:
         f"query_scale={SCALES[args.get('query_scale_type', 'cond_elewise')]}",
         f"postprocess.num_select={args.get('num_select', 300)}",
     ]
+
+
+def norm_after_encoder(args: Mapping[str, Any]) -> list[str]:
+    """Officially that is all there is to ``pre_norm``: the layers are post-norm all the same."""
+    if not args.get("pre_norm"):
+        return []
+    width = f"+residual.encoder_norm.normalized_shape={args['hidden_dim']}"
+    return ["residual.encoder_norm._target_=torch.nn.LayerNorm", width]
 
 
 def anchor_overrides(case: Case) -> list[str]:
