@@ -2,15 +2,17 @@
 
     python scripts/benchmark_models.py                              ours alone
     python scripts/benchmark_models.py --against transformers       by turns with Hugging Face's models
-    python scripts/benchmark_models.py --against my_module:rival    by turns with anything else
+    python scripts/benchmark_models.py --against my_module:rival    by turns with anything else; --path says where it is
 
 Both sides have random weights, as many queries, layers, levels and classes, the same pixels and objects, a loss on
 every decoder layer, and stages C3 to C5 of the backbone trained; the loop around them (clipping, fused AdamW) is one
 and the same. They run by turns in one process; a figure is the median over the rounds, a ratio the median of the
-rounds' ratios. Calls of aten functions and the peak of memory beyond weights and moments come from one profiled run.
+rounds' ratios. Calls of aten functions and the peak of memory beyond weights and moments come from one profiled run,
+what would have to be read from a device from another one (see ``host_reads.py``).
 
-A rival is a callable ``rival(experiment: str, num_classes: int) -> Side``. On a busy machine set GOMP_SPINCOUNT=20000,
-as ``detfamily`` does for itself: otherwise threads that wait for each other burn the time of both sides.
+A rival is a callable ``rival(experiment: str, num_classes: int) -> Side``. If it can tell its matcher and criterion
+apart, it runs them within ``torch.profiler.record_function(CRITERION)``. On a busy machine set GOMP_SPINCOUNT=20000, as
+``detfamily`` does for itself: otherwise threads that wait for each other burn the time of both sides.
 """
 
 from __future__ import annotations
@@ -25,14 +27,16 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from host_reads import count_host_reads
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from detfamily.build import build_criterion, build_detector
 from detfamily.config import compose
@@ -44,6 +48,8 @@ EXPERIMENTS = ("deformable_detr_r50", "detr_r50_500ep")
 NUM_CLASSES = 91
 OBJECTS = 7  # of each image, as many as COCO has on average
 CLIP_NORM = 0.1
+CRITERION = "matcher and criterion"
+"""What a side calls that part of its loss for the profiler."""
 
 
 @dataclass
@@ -79,7 +85,10 @@ def ours(experiment: str, num_classes: int) -> Side:
     def loss(pixels: Tensor, labels: Tensor, boxes: Tensor) -> Tensor:
         count = (labels.shape[1],) * len(labels)
         targets = Targets(labels, boxes, count, tuple(range(len(labels))))
-        total: Tensor = criterion.to(pixels.device)(model(images(pixels)), targets).total
+        criterion.to(pixels.device)
+        predictions = model(images(pixels), targets)
+        with record_function(CRITERION):
+            total: Tensor = criterion(predictions, targets).total
         return total
 
     return Side("detfamily", model, lambda pixels: model(images(pixels)), loss)
@@ -176,6 +185,8 @@ class Figures:
         ms: wall time of each round.
         cpu_ms: CPU time of the process in each round, which other work on the machine disturbs less.
         aten_calls: of one run, calls within calls counted too.
+        criterion_calls: those of them in matcher and criterion, forward; 0 if nobody says where these are.
+        host_reads: copies to the host in one run, if the model were on a device of its own.
         peak_mib: most memory beyond what lies there between two runs.
         shares: operator -> share of the device's time without that of the operators it calls, largest first.
         parameters: of the model.
@@ -185,6 +196,8 @@ class Figures:
     parameters: int
     trainable: int
     aten_calls: int = 0
+    criterion_calls: int = 0
+    host_reads: int = 0
     peak_mib: float = 0.0
     ms: list[float] = field(default_factory=list)
     cpu_ms: list[float] = field(default_factory=list)
@@ -198,6 +211,7 @@ def compare(task: Task, sides: list[Side], rounds: int) -> dict[str, Figures]:
     for name, run in runs.items():
         run()
         profile(run, task.device, figures[name])
+        figures[name].host_reads = count_host_reads(run)
     for index in range(rounds):
         for name in list(runs) if index % 2 == 0 else list(runs)[::-1]:
             wall, cpu = clock(runs[name], task.device)
@@ -233,6 +247,7 @@ def profile(run: Callable[[], object], device: torch.device, figures: Figures) -
         synchronize(device)
     rows = profiler.key_averages()
     figures.aten_calls = sum(row.count for row in rows if row.key.startswith("aten::"))
+    figures.criterion_calls = calls_within(CRITERION, profiler.events())
     times = {row.key: row.self_device_time_total if cuda else row.self_cpu_time_total for row in rows}
     total = sum(times.values())
     figures.shares = {key: one / total for key, one in sorted(times.items(), key=lambda pair: -pair[1]) if one}
@@ -243,6 +258,14 @@ def profile(run: Callable[[], object], device: torch.device, figures: Figures) -
         events = [one for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]"]
         changes = [one.nbytes() for one in sorted(events, key=lambda one: one.start_ns())]
         figures.peak_mib = peak(changes) / 2**20
+
+
+def calls_within(name: str, events: Iterable[Any]) -> int:
+    """Calls of aten functions while a part of that name runs."""
+    events = list(events)
+    parts = [one.time_range for one in events if one.name == name]
+    calls = [one.time_range for one in events if one.name.startswith("aten::")]
+    return sum(part.start <= call.start and call.end <= part.end for call in calls for part in parts)
 
 
 def peak(changes: list[int]) -> int:
@@ -271,18 +294,22 @@ def ratios(figures: Mapping[str, Figures]) -> tuple[float, float] | None:
 
 
 def table(title: str, figures: Mapping[str, Figures], operators: int) -> str:
-    lines = [title, f"  {'':14}{'ms':>9}{'CPU ms':>9}{'aten calls':>12}{'peak MiB':>10}{'M params':>10}{'trained':>9}"]
+    columns = f"{'ms':>9}{'CPU ms':>9}{'aten calls':>12}{'criterion':>11}{'host reads':>12}{'peak MiB':>10}"
+    lines = [title, f"  {'':14}{columns}{'M params':>10}{'trained':>9}"]
     for name, one in figures.items():
         lines.append(
             f"  {name:14}{statistics.median(one.ms):9.0f}{statistics.median(one.cpu_ms):9.0f}{one.aten_calls:12d}"
-            f"{one.peak_mib:10.0f}{one.parameters / 1e6:10.3f}{one.trainable / 1e6:9.3f}"
+            f"{one.criterion_calls or '-':>11}{one.host_reads:12d}{one.peak_mib:10.0f}"
+            f"{one.parameters / 1e6:10.3f}{one.trainable / 1e6:9.3f}"
         )
     both = ratios(figures)
     if both is not None:
         own, other = figures.values()
+        known = own.criterion_calls and other.criterion_calls
+        criterion = f"{other.criterion_calls / own.criterion_calls:.2f}" if known else ""
         lines.append(
             f"  {'ratio':14}{both[0]:9.2f}{both[1]:9.2f}{other.aten_calls / own.aten_calls:12.2f}"
-            f"{other.peak_mib / own.peak_mib:10.2f}"
+            f"{criterion:>11}{'':12}{other.peak_mib / own.peak_mib:10.2f}"
         )
     for name, one in figures.items():
         largest = list(one.shares.items())[:operators]
@@ -305,7 +332,6 @@ def find_rival(name: str) -> Rival:
     module, _, function = name.partition(":")
     if not function:
         raise SystemExit(f"--against {name}: expected 'transformers' or module:function")
-    sys.path.insert(0, os.getcwd())
     try:
         found: Rival = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
@@ -316,6 +342,7 @@ def find_rival(name: str) -> Rival:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", help="transformers, or module:function")
+    parser.add_argument("--path", action="append", default=[], metavar="FOLDER", help="where a rival is imported from")
     parser.add_argument("--experiments", nargs="+", default=EXPERIMENTS, help="of configs/experiment")
     parser.add_argument("--tasks", nargs="+", choices=("inference", "train"), default=("inference", "train"))
     parser.add_argument("--inference-size", nargs=2, type=int, default=(800, 1066), metavar=("H", "W"))
@@ -334,6 +361,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     if args.keep_freed_memory:
         keep_freed_memory()
+    sys.path[:0] = [*args.path, os.getcwd()]
     rivals = [ours] if args.against is None else [ours, find_rival(args.against)]
 
     machine = {"torch": torch.__version__, "processor": platform.processor(), "threads": torch.get_num_threads()}

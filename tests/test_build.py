@@ -12,6 +12,7 @@ from detfamily.blocks.postprocess import PerQuery, TopK
 from detfamily.build import build_criterion, build_detector, build_postprocess, unread
 from detfamily.config import compose
 from detfamily.criterion.losses import FocalClassLoss, SoftmaxClassLoss
+from detfamily.criterion.rules import Hungarian
 from detfamily.errors import ConfigError
 
 TINY = ("backbone=small", "model.embed_dim=32", "model.num_heads=4", "model.ffn_dim=16", "model.num_queries=5")
@@ -28,6 +29,47 @@ def test_each_family_gets_its_criterion_and_postprocessing() -> None:
     assert isinstance(build_criterion(deformable).losses["class"], FocalClassLoss)
     assert isinstance(build_postprocess(detr), PerQuery)
     assert isinstance(build_postprocess(deformable), TopK)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "class_agnostic"),
+    [
+        (["family=dino"], False),
+        (["family=dino", "query_source.class_agnostic=true"], True),
+        (["family=deformable_detr", "decoder=refine", "query_source=proposals"], True),
+        (["family=deformable_detr", "decoder=refine", "query_source=proposals_mixed"], True),
+        (["family=deformable_detr", "decoder=refine", "query_source=selected"], False),
+        (["family=h_deformable_detr"], True),
+        (["family=deformable_detr"], True),
+    ],
+)
+def test_proposals_are_trained_on_what_they_say(overrides: list[str], class_agnostic: bool) -> None:
+    """Classes, or objects of any."""
+    groups = build_criterion(composed(*overrides)).groups
+    rule = groups["proposals"]
+    assert isinstance(rule, Hungarian) and rule.class_agnostic == class_agnostic and rule.repeats == 1
+    assert not groups["match"].class_agnostic and not groups["one_to_many"].class_agnostic
+
+
+def test_one_to_many_queries_and_their_losses_are_one_choice() -> None:
+    settings = ("model.num_one_to_many=7", "one_to_many.repeats=4", "one_to_many.weight=0.5")
+    for family in ("detr", "dino", "deformable_detr"):
+        with_more = composed(f"family={family}", "one_to_many=hybrid", *settings)
+        rule, source = build_criterion(with_more).groups["one_to_many"], build_detector(with_more, 3).query_source
+        assert (rule.repeats, rule.weight) == (4, 0.5) and (source.num_queries, source.num_one_to_many) == (5, 7)
+        assert build_detector(composed(f"family={family}"), 3).query_source.num_one_to_many == 0
+    assert composed("family=h_deformable_detr").query_source.num_one_to_many == 1500
+
+
+def test_proposals_may_use_the_decoders_heads_where_it_has_one_for_all_layers() -> None:
+    no_heads = ("query_source.class_head=null", "query_source.box_head=null")
+    source = build_detector(composed("family=dino", *no_heads), 3).query_source
+    assert source.class_head is None and source.box_head is None
+    mixed = build_detector(
+        composed("family=dino", "heads.shared=false", "heads.shared_boxes=true", "query_source.box_head=null"), 3
+    )
+    assert len(mixed.heads.class_heads) == 2 and len(mixed.heads.box_heads) == 1
+    assert mixed.query_source.class_head is not None and mixed.query_source.box_head is None
 
 
 def test_the_number_of_classes_comes_from_the_data() -> None:
@@ -69,6 +111,22 @@ def test_another_backbone_in_the_place_of_the_configs() -> None:
     ("overrides", "message"),
     [
         (["family=deformable_detr", "query_source=proposals"], "two stages need decoder=refine"),
+        (
+            ["family=dino", "decoder=refine", "query_source.class_head=null"],
+            r"query_source\.class_head=null lets proposals use .* has its own: use decoder=refine_shared",
+        ),
+        (
+            ["family=dino", "decoder=refine", "query_source.box_head=null"],
+            r"query_source\.box_head=null lets proposals use",
+        ),
+        (
+            ["family=dino", "heads.shared_boxes=false", "query_source.class_head=null", "query_source.box_head=null"],
+            r"query_source\.box_head=null lets proposals use",
+        ),
+        (
+            ["family=deformable_detr", "one_to_many=hybrid", "model.num_patterns=3"],
+            "one_to_many=hybrid and patterns multiply queries in two ways",
+        ),
         (["family=detr", "cross_attention=ms_deform"], "cross_attention=ms_deform samples around reference points"),
         (["family=deformable_detr", "query_source=learned"], "use query_source=learned_points"),
         (

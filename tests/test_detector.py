@@ -40,6 +40,17 @@ KINDS = {
         *("family=dab_deformable_detr", "cross_attention=conditional_levels", "query_source=anchors"),
         *("self_attention=split_dense", "model.num_patterns=2"),
     ),
+    "two-stage, mixed": ("family=deformable_detr", "decoder=refine", "query_source=proposals_mixed"),
+    "dino": ("family=dino", "denoising=none"),
+    "dino, own content, the decoder's heads": (
+        *("family=dino", "denoising=none", "query_source.content=memory", "query_source.learn_size=true"),
+        *("query_source.class_head=null", "query_source.box_head=null"),
+    ),
+    "dino, heads apart": ("family=dino", "denoising=none", "decoder=refine", "decoder.look_forward=true"),
+    "many, two-stage": ("family=h_deformable_detr",),
+    "many, detr": ("family=detr", "one_to_many=hybrid"),
+    "many, dab-deformable": ("family=dab_deformable_detr", "one_to_many=hybrid"),
+    "many, dino": ("family=dino", "denoising=none", "one_to_many=hybrid"),
 }
 DENOISED = {
     "dn detr": ("family=detr", "denoising=dn"),
@@ -49,14 +60,33 @@ DENOISED = {
     "dn deformable": ("family=deformable_detr", "denoising=dn"),
     "dn two-stage": ("family=deformable_detr", "decoder=refine", "query_source=proposals", "denoising=dn"),
     "dn dab-deformable": ("family=dab_deformable_detr", "denoising=dn"),
+    "dn many, deformable": ("family=deformable_detr", "denoising=dn", "one_to_many=hybrid"),
+    "dn dino": ("family=dino", "denoising=dn"),
+    "cdn detr": ("family=detr", "denoising=cdn"),
+    "cdn dab, patterns": ("family=dab_detr", "denoising=cdn", "model.num_patterns=2"),
+    "cdn dino": ("family=dino",),
+    "cdn dino, near copies only": ("family=dino", "denoising.contrastive=false"),
+    "cdn many, two-stage": ("family=h_deformable_detr", "denoising=cdn"),
 }
-LEARNED = [kind for kind in KINDS if "two-stage" not in kind]
+LEARNED = [kind for kind in KINDS if "two-stage" not in kind and "dino" not in kind]
+MANY = [kind for kind in KINDS if "many" in kind]
 CLASSES = 3
 GROUPS = 5
+ONE_TO_MANY = 5
 
 
 def columns_of(kind: str) -> int:
-    return CLASSES + (kind.startswith(("detr", "dn detr")))
+    return CLASSES + (kind in ("detr", "detr, pre-norm, learned positions", "many, detr", "dn detr", "cdn detr"))
+
+
+def rounds_of(kind: str) -> int:
+    """Copies of an object in a group: near and far."""
+    return 2 if kind.startswith("cdn") and "near copies only" not in kind else 1
+
+
+def groups_of(kind: str) -> set[str]:
+    """What is predicted in evaluation."""
+    return {"match", "proposals"} if "two-stage" in kind or "dino" in kind else {"match"}
 
 
 def patterns_of(kind: str) -> int:
@@ -74,7 +104,8 @@ def one_thread() -> Iterator[None]:
 
 @cache
 def composed(kind: str) -> DictConfig:
-    return compose("train", [*(KINDS | DENOISED)[kind], *TINY])
+    groups = [f"denoising.num_groups={GROUPS}"] if kind in DENOISED else []
+    return compose("train", [*(KINDS | DENOISED)[kind], *TINY, *groups, f"model.num_one_to_many={ONE_TO_MANY}"])
 
 
 @cache
@@ -122,9 +153,11 @@ def test_shapes_of_all_layers(kind: str) -> None:
     assert said["match"].logits.shape == (3, 2, queries, columns)
     assert said["match"].boxes.shape == (3, 2, queries, 4)
     assert ((said["match"].boxes > 0) & (said["match"].boxes < 1)).all()
-    assert set(said) == ({"match", "proposals"} if "two-stage" in kind else {"match"})
-    if "two-stage" in kind:  # of 1/8, 1/16, 1/32 and 1/64 of the side
-        assert said["proposals"].logits.shape == (1, 2, 8 * 12 + 4 * 6 + 2 * 3 + 1 * 2, columns)
+    assert set(said) == groups_of(kind)
+    if "proposals" in said:  # all of 1/8, 1/16, 1/32 and 1/64 of the side, or those that became queries
+        tokens = 6 if "dino" in kind else 8 * 12 + 4 * 6 + 2 * 3 + 1 * 2
+        assert said["proposals"].logits.shape == (1, 2, tokens, columns)
+        assert said["proposals"].boxes.shape == (1, 2, tokens, 4)
     found = build_postprocess(composed(kind))(said, images)
     assert len(found) == 2 and all(one.boxes_xyxy.shape == (len(one.scores), 4) for one in found)
 
@@ -170,7 +203,7 @@ def test_permuted_queries_permute_predictions(kind: str) -> None:
         before = detector(images)["match"]
         for name, parameter in detector.query_source.named_parameters():
             if name in ("pos", "content", "reference.center_logit", "reference.size_logit"):
-                parameter.copy_(parameter[order].clone())
+                parameter[:6] = parameter[order].clone()  # there may be more, in training
                 moved += 1
         after = detector(images)["match"]
     assert moved
@@ -252,7 +285,7 @@ def test_bfloat16_autocast_trains_with_finite_numbers(kind: str) -> None:
     assert losses.total.isfinite() and all(part.isfinite() for part in losses.parts.values())
     for name, parameter in detector.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-    if "two-stage" not in kind:  # rounding may choose other proposals
+    if groups_of(kind) == {"match"}:  # rounding may choose other proposals
         with torch.no_grad():
             exact = detector(batch(), targets())["match"]
         torch.testing.assert_close(said["match"].boxes, exact.boxes, rtol=0, atol=0.1)
@@ -277,16 +310,87 @@ def trained(kind: str) -> Detector:
 def test_copies_are_a_group_in_training_only(kind: str) -> None:
     detector, images, objects = trained(kind), batch(), crowd(3, 1)
     said = detector(images, objects)
-    copies = said["denoise"]
+    assert set(said) == groups_of(kind) | {"denoise"} | ({"one_to_many"} if "many" in kind else set())
+    copies, slots = said["denoise"], GROUPS * rounds_of(kind) * 3
     assert copies.given is not None and copies.given.copies == GROUPS
-    assert copies.logits.shape == (3, 2, GROUPS * 3, columns_of(kind)) and copies.boxes.shape == (3, 2, GROUPS * 3, 4)
+    assert copies.logits.shape == (3, 2, slots, columns_of(kind)) and copies.boxes.shape == (3, 2, slots, 4)
     assert said["match"].given is None and said["match"].logits.shape[2] == 6 * patterns_of(kind)
     assert copies.given.matched.sum(1).tolist() == [GROUPS * 3, GROUPS]
+    assert bool(copies.given.counted.all()) == (rounds_of(kind) == 2)  # contrastive: unused slots, too
     detector.eval()
     with torch.no_grad():
         without, with_targets = detector(images), detector(images, objects)
-    assert "denoise" not in without
+    assert set(without) == groups_of(kind)
     assert_same(with_targets, without)
+
+
+@pytest.mark.parametrize("kind", MANY)
+def test_more_queries_in_training_do_not_change_what_the_others_say(kind: str) -> None:
+    """They are a group of their own, and it is as in evaluation."""
+    detector, images = detector_of(kind).train(), batch()
+    detector.backbone.eval()
+    with torch.no_grad():
+        training = detector(images, targets())
+        more = training.pop("one_to_many")
+        assert more.given is None and more.logits.shape == (3, 2, ONE_TO_MANY, columns_of(kind))
+        assert more.boxes.shape == (3, 2, ONE_TO_MANY, 4) and ((more.boxes > 0) & (more.boxes < 1)).all()
+        assert_same(training, detector.eval()(images), atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", MANY)
+def test_groups_of_queries_do_not_learn_from_each_other(kind: str) -> None:
+    detector = detector_of(kind).train()
+    leaves: list[Tensor] = []
+
+    def cut(module: torch.nn.Module, inputs: object, output: tuple[Queries, object]) -> tuple[Queries, object]:
+        leaves.append(output[0].content.detach().requires_grad_())
+        return replace(output[0], content=leaves[0]), output[1]
+
+    detector.query_source.register_forward_hook(cut)
+    said = detector(batch(), targets())
+    for name, own in (("match", slice(0, 6)), ("one_to_many", slice(6, 6 + ONE_TO_MANY))):
+        wanted = said[name].logits.sum() + said[name].boxes.sum()
+        (gradient,) = torch.autograd.grad(wanted, leaves[0], retain_graph=True)
+        assert gradient[:, own].any(-1).all()
+        assert torch.equal(gradient.any(-1)[0].nonzero().flatten(), torch.arange(6 + ONE_TO_MANY)[own])
+
+
+@pytest.mark.parametrize("kind", MANY)
+def test_several_queries_answer_for_each_object(kind: str) -> None:
+    """As many as are asked for: 2 objects, 2 times; the 5 queries are not enough for 6 times."""
+    detector, criterion = detector_of(kind).train(), build_criterion(composed(kind))
+    said = detector(batch(), targets())
+    for repeats, answers in ((6, 5), (2, 4)):
+        criterion.groups["one_to_many"].repeats = repeats
+        losses = criterion(said, targets())
+        assert losses.assignments["match"].matched.sum((1, 2)).tolist() == [2, 2, 2]
+        assert losses.assignments["one_to_many"].matched.sum((1, 2)).tolist() == [answers] * 3
+        assert {name.split("/")[0] for name in losses.parts} == groups_of(kind) | {"one_to_many"}
+
+
+def test_the_decoders_heads_learn_from_proposals() -> None:
+    """Where these have none of their own."""
+    for kind, learns in (("dino", False), ("dino, own content, the decoder's heads", True)):
+        detector = detector_of(kind).train()
+        said = detector(batch())["proposals"]
+        (said.logits.sum() + said.boxes.sum()).backward()
+        for heads in (detector.heads.class_heads, detector.heads.box_heads):
+            assert any(one.grad is not None and one.grad.any() for one in heads.parameters()) == learns
+
+
+def test_copies_without_a_group_of_their_own_join_the_matching() -> None:
+    """Answers in hand: official training without denoising, as it is."""
+    detector, objects, criterion = trained("cdn dino"), crowd(3, 1), build_criterion(composed("cdn dino"))
+    assert detector.denoising is not None
+    detector.denoising.own_group = False
+    said = detector(batch(), objects)
+    assert set(said) == {"match", "proposals"} and said["match"].given is None
+    assert said["match"].logits.shape[2] == GROUPS * 2 * 3 + 6
+    losses = criterion(said, objects)
+    assert losses.total.isfinite() and losses.assignments["match"].matched.sum((1, 2)).tolist() == [4] * 3
+    with torch.no_grad():
+        evaluated = detector.eval()(batch(), objects)
+    assert evaluated["match"].logits.shape[2] == 6
 
 
 @pytest.mark.parametrize("kind", DENOISED)
@@ -301,13 +405,16 @@ def test_copies_do_not_change_what_the_other_queries_say(kind: str) -> None:
     detector, images = trained(kind), batch()
     with torch.no_grad():
         few, many, none = (detector(images, crowd(*counts)) for counts in ((1, 2), (5, 0), (0, 0)))
+        others = few.get("one_to_many", few["match"])
         alone = detector.eval()(images)
     for said in (few, many, none):
         said.pop("denoise")
+        if "many" in kind:
+            assert_same({"": said.pop("one_to_many")}, {"": others}, atol=2e-5)
         assert_same(said, alone, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["dn detr", "dn dab", "dn deformable"])
+@pytest.mark.parametrize("kind", ["dn detr", "dn dab", "dn deformable", "cdn dino", "cdn many, two-stage"])
 def test_without_the_mask_answers_leak(kind: str) -> None:
     detector, images = trained(kind), batch()
     assert detector.denoising is not None
@@ -319,7 +426,7 @@ def test_without_the_mask_answers_leak(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", DENOISED)
 def test_who_learns_from_whom(kind: str) -> None:
-    """A copy's answers depend on its own group and on the queries that are matched, those on no copy."""
+    """A copy's answers depend on its own group and on the queries that are no copies, those on no copy."""
     detector, objects = trained(kind), crowd(2, 2)
     leaves: list[Tensor] = []
     assert detector.denoising is not None
@@ -330,15 +437,20 @@ def test_who_learns_from_whom(kind: str) -> None:
 
     detector.denoising.register_forward_hook(cut)
     said = detector(batch(), objects)
-    parts = {f"group {group}": slice(2 * group, 2 * group + 2) for group in range(GROUPS)}
-    parts["match"] = slice(2 * GROUPS, None)
+    per_group = 2 * rounds_of(kind)
+    parts = {f"group {group}": slice(per_group * group, per_group * (group + 1)) for group in range(GROUPS)}
+    start, queries = per_group * GROUPS, 6 * patterns_of(kind)
+    parts["match"] = slice(start, start + queries)
+    if "many" in kind:
+        parts["one_to_many"] = slice(start + queries, None)
     for name, part in parts.items():
-        answers = said["match"] if name == "match" else said["denoise"]
-        own = slice(None) if name == "match" else part
+        answers = said.get(name, said["denoise"])
+        own = slice(None) if name in said else part
         wanted = answers.logits[:, :, own].sum() + answers.boxes[:, :, own].sum()
         (gradient,) = torch.autograd.grad(wanted, leaves[0], retain_graph=True)
+        seen = {name} if name in said else {name, "match", "one_to_many"}
         for other, there in parts.items():
-            assert bool(gradient[:, there].any()) == (other in (name, "match")), (name, other)
+            assert bool(gradient[:, there].any()) == (other in seen), (name, other)
 
 
 @pytest.mark.parametrize("kind", DENOISED)
@@ -366,7 +478,7 @@ def test_what_lies_in_the_padding_changes_no_copies(kind: str) -> None:
         assert_same(trained(kind)(spoiled, objects), trained(kind)(images, objects))
 
 
-@pytest.mark.parametrize("kind", ["dn detr", "dn dab", "dn deformable"])
+@pytest.mark.parametrize("kind", ["dn detr", "dn dab", "dn deformable", "cdn detr", "cdn dino"])
 def test_a_crowded_image_costs_no_more_than_allowed(kind: str) -> None:
     detector, objects = trained(kind), crowd(300, 2)
     assert detector.denoising is not None
@@ -381,8 +493,9 @@ def test_a_crowded_image_costs_no_more_than_allowed(kind: str) -> None:
         float((said["denoise"].boxes[2, image, slot] - given.targets.boxes[image, slot]).detach().abs().sum())
         for image, slot in given.matched.nonzero().tolist()
     ]
-    assert len(distances) == 22
-    assert float(losses.parts["denoise/2/l1"]) == pytest.approx(sum(distances) / 22, rel=1e-4)
+    near = 20 // rounds_of(kind) + 2
+    assert len(distances) == near
+    assert float(losses.parts["denoise/2/l1"]) == pytest.approx(sum(distances) / near, rel=1e-4)
 
 
 @pytest.mark.parametrize("look_forward", [False, True])

@@ -91,6 +91,25 @@ SETTINGS = {
     "dn_deformable_detr_r50_encoder_only": (50, 40, 16, 1, 1e-4),
     "dn_deformable_detr_r50_encoder_only_12ep": (12, 11, 16, 1, 1e-4),
     "dn_deformable_detr_r101_encoder_only_12ep": (12, 11, 16, 1, 1e-4),
+    "dino_r50_4scale_12ep": (12, 11, 16, 2, 1e-4),
+    "dino_r50_4scale_24ep": (24, 20, 16, 2, 1e-4),
+    "dino_r50_4scale_36ep": (36, 30, 16, 2, 1e-4),
+    "dino_r50_4scale_noise04_12ep": (12, 11, 16, 2, 1e-4),
+    "dino_r50_5scale_12ep": (12, 11, 16, 1, 1e-4),
+    "dino_r50_5scale_24ep": (24, 20, 16, 1, 1e-4),
+    "dino_r50_5scale_36ep": (36, 30, 16, 1, 1e-4),
+    "dino_swin_l_4scale_12ep": (12, 11, 16, 2, 1e-4),
+    "dino_swin_l_4scale_36ep": (36, 30, 16, 2, 1e-4),
+    "dino_swin_l_5scale_12ep": (12, 11, 16, 1, 1e-4),
+    "dino_swin_l_5scale_36ep": (36, 30, 16, 1, 1e-4),
+    "h_deformable_detr_r50_12ep": (12, 11, 16, 2, 2e-4),
+    "h_deformable_detr_r50_36ep": (36, 30, 16, 2, 2e-4),
+    "h_deformable_detr_swin_t_12ep": (12, 11, 16, 2, 2e-4),
+    "h_deformable_detr_swin_t_36ep": (36, 30, 16, 2, 2e-4),
+    "h_deformable_detr_swin_l_12ep": (12, 11, 16, 2, 2e-4),
+    "h_deformable_detr_swin_l_36ep": (36, 30, 16, 2, 2e-4),
+    "h_deformable_detr_swin_l_900q_12ep": (12, 11, 16, 2, 2e-4),
+    "h_deformable_detr_swin_l_900q_36ep": (36, 30, 16, 2, 2e-4),
 }
 
 OFFICIAL = {
@@ -115,6 +134,9 @@ OFFICIAL = {
     "dab_detr_r50_dc5": ("dab_detr/dab_detr_r50_dc5", 43449117),
     "dab_deformable_detr_r50_v2": ("dab_detr/dab_deformable_detr_r50", 47183594),
     "dn_detr_r50": ("dn_dab_detr/base", 43472577),
+    "dino_r50_4scale_12ep": ("dino/4scale_r50", 46670782),
+    "dino_r50_5scale_12ep": ("dino/5scale_r50", 47033406),
+    "dino_swin_l_4scale_12ep": ("dino/4scale_swin_L_384_22k", 217230066),
 }
 
 OFFICIAL_COUNTS = {name: count for name, (_, count) in OFFICIAL.items()} | {
@@ -128,6 +150,9 @@ OFFICIAL_COUNTS = {name: count for name, (_, count) in OFFICIAL.items()} | {
     "dn_deformable_detr_r50": 47206754,
     "dn_deformable_detr_r50_encoder_only": 48266189,
     "dn_deformable_detr_r101_encoder_only_12ep": 67206093,
+    "h_deformable_detr_r50_12ep": 47723673,
+    "h_deformable_detr_swin_t_12ep": 48489107,
+    "h_deformable_detr_swin_l_12ep": 218079917,
 }
 
 OTHER_COUNTS = {
@@ -175,7 +200,7 @@ def trainable(detector: Detector) -> int:
 
 def family(name: str) -> str:
     """The family that a recipe is named after; with deformable attention in the encoder alone, it is DAB-DETR's."""
-    prefix = re.split(r"_[rx]\d", name)[0]
+    prefix = re.split(r"_[rx]\d|_swin", name)[0]
     return prefix.replace("_deformable", "") if "encoder_only" in name else prefix
 
 
@@ -227,36 +252,73 @@ def test_the_schedule_is_the_published_one(name):
     assert factors == pytest.approx([1, 1, 0.1, 0.1])
 
 
+def official_backbone(name: str) -> dict[str, object]:
+    """What a recipe's backbone is, as far as its name and the official code say."""
+    resnet = re.search(r"_(r\d+|x\d+)", name)
+    if resnet:
+        names = {"r50": "resnet50", "r101": "resnet101", "x101": "resnext101_64x4d"}
+        dilation = "_dc5" in name
+        return {"name": names[resnet[1]], "weights": "imagenet", "frozen_stages": 2, "dilation": dilation}
+    nothing = {"frozen_stages": 0, "dilation": False}
+    if "swin_t" in name:
+        files = {"weights": "swin_tiny_patch4_window7_224", "window_size": 7}
+        return {**nothing, **files, "embed_dim": 96, "drop_path": 0.2, "gradient_checkpointing": False}
+    files = {"weights": "swin_large_patch4_window7_224_22k", "window_size": 7}
+    if name.startswith("dino"):
+        files = {"weights": "swin_large_patch4_window12_384_22k", "window_size": 12}
+    drop_path = 0.5 if name.startswith("h_") and name.endswith("36ep") else 0.2
+    return {**nothing, **files, "embed_dim": 192, "drop_path": drop_path, "gradient_checkpointing": True}
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_model_is_what_the_name_says(name):
     cfg = composed(name)
-    backbone = {"r50": "resnet50", "r101": "resnet101", "x101": "resnext101_64x4d"}
     assert cfg.family_name == family(name)
-    assert cfg.backbone.name == backbone[re.search(r"_([rx]\d+)", name)[1]]
-    assert cfg.backbone.weights == "imagenet"
-    assert cfg.backbone.dilation == ("_dc5" in name)
+    assert official_backbone(name).items() <= cfg.backbone.items()
     assert cfg.data._target_.endswith("CocoData")
-    single = "deformable" not in name or "single_scale" in name
-    assert (list(cfg.model.stages), cfg.model.num_levels) == (([5], 1) if single else ([3, 4, 5], 4))
-    anchors = name.startswith(("dab_", "dn_"))
-    assert cfg.decoder.refine == ("refine" in name or "two_stage" in name or anchors)
-    assert cfg.decoder.look_forward == (anchors and ("deformable" not in name or "encoder_only" in name))
-    assert cfg.query_source._target_.endswith("ProposalQueries") == ("two_stage" in name)
+    assert cfg.augmentation == compose("train", ["augmentation=detr", "data=coco", "data.root=."]).augmentation
+    single = ("deformable" not in name and "dino" not in name) or "single_scale" in name
+    levels = ([5], 1) if single else ([2, 3, 4, 5], 5) if "5scale" in name else ([3, 4, 5], 4)
+    assert (list(cfg.model.stages), cfg.model.num_levels) == levels
+    anchors, late = name.startswith(("dab_", "dn_")), name.startswith(("dino", "h_"))
+    assert cfg.decoder.refine == ("refine" in name or "two_stage" in name or anchors or late)
+    assert cfg.decoder.look_forward == (late or (anchors and ("deformable" not in name or "encoder_only" in name)))
+    assert cfg.query_source._target_.endswith("ProposalQueries") == ("two_stage" in name or late)
     assert cfg.model.num_patterns == (3 if "3pat" in name or "encoder_only" in name else 0)
-    assert (cfg.denoising is not None) == name.startswith("dn_")
-    if cfg.denoising is not None:
-        noise = (cfg.denoising.label_noise, cfg.denoising.center_noise, cfg.denoising.size_noise)
-        assert noise == (0.2, 0.4, 0.4)
-        assert cfg.denoising.num_groups == (10 if "encoder_only" in name else 5)
+    assert cfg.one_to_many.num_queries == (1500 if name.startswith("h_") else 0)
     own_head = cfg.cross_attention._target_.endswith(("ConditionalAttention", "LevelConditionalAttention"))
     assert own_head == (name.startswith("conditional") or (anchors and cfg.decoder.look_forward))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_denoising_is_the_published_one(name):
+    denoising = composed(name).denoising
+    assert (denoising is not None) == name.startswith(("dn_", "dino"))
+    if name.startswith("dn_"):
+        assert (denoising.label_noise, denoising.center_noise, denoising.size_noise) == (0.2, 0.4, 0.4)
+        assert denoising.num_groups == (10 if "encoder_only" in name else 5)
+    elif name.startswith("dino"):
+        assert (denoising.label_noise, denoising.corner_noise) == (0.25, 0.4 if "noise04" in name else 1.0)
+        assert (denoising.num_queries, denoising.num_groups, denoising.contrastive) == (200, None, True)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(("dino", "h_"))])
+def test_proposals_are_the_published_ones(name):
+    """DINO answers for classes where tokens become queries, H-DETR for "object" at all tokens; both learn content."""
+    cfg = composed(name)
+    source, dino = cfg.query_source, name.startswith("dino")
+    assert source.content == "learned" and not source.learn_size
+    assert (source.class_agnostic, source.answer_all) == ((False, False) if dino else (True, True))
+    assert cfg.criterion.groups.proposals.class_agnostic == source.class_agnostic
+    assert cfg.heads.shared == dino and source.class_head is not None and source.box_head is not None
+    assert (cfg.criterion.groups.one_to_many.repeats, cfg.one_to_many.weight) == ((1, 1.0) if dino else (6, 1.0))
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_losses_have_the_published_weights(name):
     weights = {"l1": 5, "giou": 2}
     softmax = name.startswith("detr") and "plus" not in name
-    ones = name.startswith(("dab_", "dn_")) and name != "dab_deformable_detr_r50"
+    ones = name.startswith(("dab_", "dn_", "dino")) and name != "dab_deformable_detr_r50"
     cfg = composed(name)
     assert cfg.criterion.weights == {"class": 1 if softmax or ones else 2, **weights}
     assert cfg.criterion.matcher.weights == {"class": 1 if softmax else 2, **weights}
@@ -267,11 +329,11 @@ def test_losses_have_the_published_weights(name):
 def test_the_full_size_model_runs(name):
     predictions = said(full_size(name))
     queries = 100 if name.startswith("detr") and "plus" not in name else 300
-    queries *= 3 if "3pat" in name or "encoder_only" in name else 1
+    queries *= 3 if "3pat" in name or "encoder_only" in name or "dino" in name or "900q" in name else 1
     columns = OFFICIAL_COLUMNS + (name.startswith("detr") and "plus" not in name)
     assert predictions["match"].logits.shape == (6, 2, queries, columns)
     assert predictions["match"].boxes.shape == (6, 2, queries, 4)
-    assert ("proposals" in predictions) == ("two_stage" in name)
+    assert ("proposals" in predictions) == ("two_stage" in name or name.startswith(("dino", "h_")))
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -289,7 +351,7 @@ def test_fixed_centers_are_not_trained_and_all_else_is():
 
 
 @pytest.mark.parametrize(
-    "family", ["detr", "deformable_detr", "conditional_detr", "dab_detr", "dab_deformable_detr", "dn_detr"]
+    "family", ["detr", "deformable_detr", "conditional_detr", "dab_detr", "dab_deformable_detr", "dn_detr", "dino"]
 )
 def test_learned_positions_have_the_rate_of_the_backbone_but_in_deformable_detr(family):
     small = [f"family={family}", "position=learned", "model.embed_dim=32", "encoder.num_layers=1"]
@@ -323,7 +385,7 @@ def assert_official_rates(recipe_name: str, detector: Detector, recipe: AdamW) -
     assert frozen == {name for name in official if name.startswith((stem + "conv1", stem + "layer1"))}
     for name in set(official) - frozen:
         expected = 1e-5 if "backbone" in name else 1e-4
-        if composed(recipe_name).family_name == "deformable_detr":
+        if composed(recipe_name).family_name in ("deformable_detr", "h_deformable_detr"):
             slow = "backbone.0" in name or "reference_points" in name or "sampling_offsets" in name
             expected = 2e-5 if slow else 2e-4
         assert torch.allclose(official[name], torch.tensor(expected), rtol=1e-5), name
@@ -367,6 +429,43 @@ def official(goldens: Path, name: str) -> dict:
     return {"args": found["args"], "keys": [(key, one["shape"]) for key, one in found["tensors"].items()]}
 
 
+def official_dino(cfg: DictConfig) -> dict[str, object]:
+    """DINO's further arguments. Nothing reads ``lr_linear_proj_mult``; scripts replace ``dn_box_noise_scale``."""
+    source, denoising = cfg.query_source, cfg.denoising
+    return {
+        "epochs": cfg.schedule.epochs,
+        "lr_drop": cfg.schedule.drop_epochs[0],
+        "batch_size": cfg.runtime.batch_size_per_device,
+        "param_dict_type": "ddetr_in_mmdet" if cfg.optimizer.groups.sampling else "default",
+        "use_ema": cfg.optimizer.ema_decay is not None,
+        "use_checkpoint": cfg.backbone.get("gradient_checkpointing", False),
+        "return_interm_indices": str([stage - 2 for stage in cfg.model.stages]),
+        "num_feature_levels": cfg.model.num_levels,
+        "pe_temperatureH": cfg.position.temperature,
+        "pe_temperatureW": cfg.position.temperature_x or cfg.position.temperature,
+        "transformer_activation": cfg.ffn.activation._target_.removeprefix("torch.nn.").lower(),
+        "pre_norm": cfg.residual.sublayer._target_.endswith("PreNorm"),
+        "num_patterns": cfg.model.num_patterns,
+        "enc_n_points": cfg.encoder_attention.num_points,
+        "dec_n_points": cfg.cross_attention.num_points,
+        "two_stage_type": "standard" if source._target_.endswith("ProposalQueries") else "no",
+        "two_stage_bbox_embed_share": source.box_head is None,
+        "two_stage_class_embed_share": source.class_head is None,
+        "two_stage_learn_wh": source.learn_size,
+        "embed_init_tgt": source.content == "learned",
+        "dec_pred_class_embed_share": cfg.heads.shared,
+        "dec_pred_bbox_embed_share": cfg.heads.shared,
+        "num_select": cfg.postprocess.num_select,
+        "nms_iou_threshold": -1 if cfg.postprocess.nms_iou is None else cfg.postprocess.nms_iou,
+        "cls_loss_coef": cfg.criterion.weights["class"],
+        "interm_loss_coef": cfg.criterion.groups.proposals.weight,
+        "focal_alpha": cfg.classification.loss.alpha,
+        "use_dn": denoising is not None,
+        "dn_number": denoising.num_queries / 2,
+        "dn_label_noise_ratio": 2 * denoising.label_noise,
+    }
+
+
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_settings_are_those_of_the_official_arguments(goldens, name):
     cfg, args = composed(name), official(goldens, name)["args"]
@@ -375,7 +474,7 @@ def test_settings_are_those_of_the_official_arguments(goldens, name):
         "lr_backbone": cfg.optimizer.lr * cfg.optimizer.groups.backbone.lr_factor,
         "weight_decay": cfg.optimizer.weight_decay,
         "clip_max_norm": cfg.optimizer.clip_norm,
-        "backbone": cfg.backbone.name,
+        "backbone": cfg.backbone.get("name", "swin_L_384_22k"),
         "dilation": cfg.backbone.dilation,
         "position_embedding": "sine" if cfg.position._target_.endswith("SinePosition") else "learned",
         "enc_layers": cfg.encoder.num_layers,
@@ -397,6 +496,8 @@ def test_settings_are_those_of_the_official_arguments(goldens, name):
             "pre_norm": cfg.residual.sublayer._target_.endswith("PreNorm"),
             "eos_coef": cfg.classification.loss.no_object_weight,
         }
+    elif name.startswith("dino"):
+        ours |= official_dino(cfg)
     elif name.startswith(("dab_", "dn_")):
         ours |= {
             "pre_norm": cfg.residual.sublayer._target_.endswith("PreNorm"),
@@ -436,14 +537,14 @@ def test_settings_are_those_of_the_official_arguments(goldens, name):
     if name == "dn_detr_r50":  # a list of those arguments that the model is made of
         ours = {key: value for key, value in ours.items() if key in args}
         assert len(ours) == 16
-    theirs = {key: args[key] for key in ours}
+    theirs = {key: str(args[key]) if isinstance(args[key], list) else args[key] for key in ours}
     assert ours == pytest.approx(theirs)
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_every_tensor_has_an_official_name_and_shape(goldens, name):
     detector = full_size(name)
-    ours = adapter_for(composed(name).family_name, detector).to_official(detector.state_dict())
+    ours = adapter_for(composed(name).family_name, detector).to_official(detector.state_dict(), computed=True)
     theirs = {key: tuple(shape) for key, shape, *_ in official(goldens, name)["keys"]}
     assert {key: tuple(tensor.shape) for key, tensor in ours.items()} == theirs
 

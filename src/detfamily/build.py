@@ -11,8 +11,8 @@ from torch import nn
 from detfamily.attention import DenseAttention
 from detfamily.blocks.decoder import Decoder
 from detfamily.blocks.encoder import Encoder
-from detfamily.blocks.position import AtAttention, Nowhere
 from detfamily.blocks.patterns import Patterns
+from detfamily.blocks.position import AtAttention, Nowhere
 from detfamily.blocks.postprocess import SoftmaxScores
 from detfamily.blocks.proposals import ProposalQueries
 from detfamily.blocks.queries import QuerySource

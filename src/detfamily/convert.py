@@ -35,7 +35,7 @@ from detfamily.engine.run import label_words, listing
 from detfamily.errors import CheckpointError, ConfigError, DataError
 from detfamily.files import write_atomically
 
-_USAGE = "detfamily convert INPUT OUTPUT [categories=ANNOTATIONS.json] [overrides of train]"
+_USAGE = "detfamily convert INPUT OUTPUT [categories=ANNOTATIONS.json] [ema=true|false] [overrides of train]"
 
 
 def convert(words: Sequence[str]) -> Path:
@@ -44,7 +44,8 @@ def convert(words: Sequence[str]) -> Path:
     An official file becomes a checkpoint of ours that knows its config and labels, so that ``detfamily evaluate``,
     ``predict`` and ``init_from`` need nothing else. Overrides of ``detfamily train`` change that config.
     ``categories=`` is the COCO json whose categories the columns of the class head stand for; without it, 91 columns
-    are COCO's. A checkpoint of ours becomes an official file, {model, args}.
+    are COCO's. A checkpoint of ours becomes an official file, {model, args}. ``ema=`` says whether to take averaged
+    weights; without it, those of our files are taken where there are any, and the trained ones of official files.
 
     Returns:
         The file that was written.
@@ -54,20 +55,20 @@ def convert(words: Sequence[str]) -> Path:
         CheckpointError: INPUT is missing, broken, hostile or of nothing that can be read, or OUTPUT cannot be written.
         DataError: the categories cannot be read, or do not fit the class head.
     """
-    own, others = split_overrides([one for one in words[2:] if "=" in one], ("categories",))
+    own, others = split_overrides([one for one in words[2:] if "=" in one], ("categories", "ema"))
     _check_words(words)
     source, target = checkpoint.require(words[0]), Path(words[1]).expanduser()
     if target.exists():
         raise ConfigError(f"{target} exists already: remove it, or choose another name")
     content = read_file(source)
     if checkpoint.is_ours(content):
-        if others or own["categories"] is not None:
+        if more := [one for one in words[2:] if not one.startswith("ema=")]:
             raise ConfigError(
-                f"{source} is a checkpoint of detfamily, which knows its config and labels: leave {words[2]} out"
+                f"{source} is a checkpoint of detfamily, which knows its config and labels: leave {more[0]} out"
             )
-        rows = _to_official(checkpoint.check(content, source), source, target)
+        rows = _to_official(checkpoint.check(content, source), source, target, own["ema"])
     else:
-        rows = _to_ours(content, source, target, own["categories"], others)
+        rows = _to_ours(content, source, target, own["categories"], own["ema"], others)
     print(f"converted {source}\n{listing(rows)}")
     return target
 
@@ -77,12 +78,14 @@ def _check_words(words: Sequence[str]) -> None:
         raise ConfigError(f"convert needs two files: {_USAGE}")
     if more := [one for one in words[2:] if "=" not in one]:
         raise ConfigError(f"{more[0]!r} is neither of the two files nor an override: {_USAGE}")
+    if odd := [one for one in words[2:] if one.startswith("ema=") and one not in ("ema=true", "ema=false")]:
+        raise ConfigError(f"{odd[0]}: expected true, the averaged weights, or false, the trained ones")
 
 
 def _to_ours(
-    content: Any, source: Path, target: Path, categories: str | None, overrides: Sequence[str]
+    content: Any, source: Path, target: Path, categories: str | None, ema: bool | None, overrides: Sequence[str]
 ) -> list[tuple[str, str]]:
-    file = read_official(content, source)
+    file = read_official(content, source, bool(ema))
     label_map = None if categories is None else _label_map(Path(categories), file.columns)
     found = translate(file, overrides, label_map)
     if found.label_map is None:
@@ -117,6 +120,7 @@ def _words(found: Translated) -> list[tuple[str, str]]:
     ignored = f", {len(file.ignored)} ignored ({listed(file.ignored, 3)})" if file.ignored else ""
     rows = [
         ("model", " ".join(one for one in found.overrides if not one.startswith("data."))),
+        *_averaging(file.averaged),
         ("tensors", f"{len(file.state)} read{ignored}; {len(found.weights)} written, {numbers / 1e6:.2f} M numbers"),
         ("labels", f"{found.label_map.num_classes} columns: {label_words(found.label_map.names)}"),
     ]
@@ -130,6 +134,14 @@ def _words(found: Translated) -> list[tuple[str, str]]:
         rows.append(("not told", f"the file does not say; taken as {', '.join(assumed)}; override what is otherwise"))
     rows += [("warning", words) for words in (*variant.doubts, *_name_doubts(file.path))]
     return rows
+
+
+def _averaging(averaged: bool | None) -> list[tuple[str, str]]:
+    """Which of two sets of weights was taken; None where there is one only."""
+    if averaged is None:
+        return []
+    other = "trained ones, too, which ema=false takes" if averaged else "averaged ones, too, which ema=true takes"
+    return [("weights", f"the {'averaged' if averaged else 'trained'} ones; the file has {other}")]
 
 
 def _name_doubts(path: Path) -> list[str]:
@@ -152,8 +164,11 @@ def _label_map(path: Path, number: int) -> LabelMap:
     return label_map_for(categories, number, str(path))
 
 
-def _to_official(state: dict[str, Any], source: Path, target: Path) -> list[tuple[str, str]]:
-    averaged = bool(state.get("ema"))
+def _to_official(state: dict[str, Any], source: Path, target: Path, ema: bool | None) -> list[tuple[str, str]]:
+    there = bool(state.get("ema"))
+    if ema and not there:
+        raise CheckpointError(f"{source} has no averaged weights: leave ema=true out")
+    averaged = there and ema is not False
     weights = state["ema"]["model"] if averaged else state["model"]
     label_map = LabelMap.from_state_dict(state["label_map"])
     try:
@@ -171,7 +186,7 @@ def _to_official(state: dict[str, Any], source: Path, target: Path) -> list[tupl
     rows = content["args"]["num_classes"]
     moved = "" if official_label_map(label_map) == label_map else ", moved to the columns of their category ids"
     return [
-        ("written as", f"{UPSTREAMS[recognise(content['model'], str(target))].repository}: {target}"),
+        ("written as", f"{UPSTREAMS[recognise(content['model'], str(target), content['args'])].repository}: {target}"),
         ("weights", "the averaged ones" if averaged else "the trained ones"),
         ("tensors", f"{len(content['model'])}, under 'model'; settings under 'args'"),
         ("labels", f"{rows} columns, {label_map.num_categories} categories{moved}"),

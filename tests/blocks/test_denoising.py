@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,20 +14,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from detfamily.blocks.denoising import Denoising, Draws
+from detfamily.blocks.denoising import CenterDenoising, Draws
 from detfamily.blocks.query_position import anchor_code
 from detfamily.criterion import Normalizer
 from detfamily.criterion.losses import FocalClassLoss, L1Loss
 from detfamily.criterion.matcher import Assignment
-from detfamily.structures import Given, Predictions, Queries, Targets
+from detfamily.criterion.rules import Known
+from detfamily.structures import Queries, Targets
 
-WIDTH, CLASSES, OTHERS, EPS = 8, 5, 3, 1e-3
+from .conftest import (
+    CLASSES,
+    EPS,
+    OTHERS,
+    WIDTH,
+    Listed,
+    Operations,
+    many,
+    naive_focal,
+    naive_hidden,
+    object_queries,
+    objects,
+    said_of,
+)
+
 Box = tuple[float, float, float, float]
 
 
-def denoising(**changes: Any) -> Denoising:
+def denoising(**changes: Any) -> CenterDenoising:
     torch.manual_seed(0)
     arguments: dict[str, Any] = {
         "num_classes": CLASSES,
@@ -43,47 +56,7 @@ def denoising(**changes: Any) -> Denoising:
         "reference_dim": 4,
         **changes,
     }
-    return Denoising(**arguments)
-
-
-def object_queries(batch: int, reference_dim: int | None = 4, pos: bool = False) -> Queries:
-    torch.manual_seed(1)
-    content = torch.cat([torch.randn(batch, OTHERS, WIDTH - 1), torch.zeros(batch, OTHERS, 1)], -1)
-    references = None if reference_dim is None else torch.rand(batch, OTHERS, reference_dim)
-    where = torch.randn(batch, OTHERS, WIDTH) if pos else None
-    return Queries(content, where, references, groups={"match": slice(0, OTHERS)})
-
-
-def objects(counts: Sequence[int], seed: int = 2) -> Targets:
-    """Boxes that reach over the image's border here and there, as crops may leave them."""
-    rng = np.random.default_rng(seed)
-    labels = [torch.from_numpy(rng.integers(0, CLASSES, count)) for count in counts]
-    boxes = [torch.from_numpy(rng.uniform(0.02, 0.98, (count, 4)).astype(np.float32)) for count in counts]
-    return Targets.from_lists(labels, boxes, image_ids=[10 + i for i in range(len(counts))])
-
-
-class Listed:
-    """Draws from lists in the official order: copy by copy, image by image, object by object.
-
-    Where they do not matter there are numbers that would be seen, were they used.
-    """
-
-    def __init__(self, chances: Tensor, labels: Tensor, boxes: Tensor) -> None:
-        self.chances, self.labels, self.boxes = chances, labels, boxes
-        self.asked: list[str] = []
-
-    def uniform(self, wanted: Tensor, *more: int) -> Tensor:
-        self.asked.append("boxes" if more else "chances")
-        stored = self.boxes if more else self.chances
-        placed = torch.full((*wanted.shape, *more), 0.0 if not more else 1e3)
-        placed[wanted] = stored
-        return placed
-
-    def integers(self, wanted: Tensor, end: int) -> Tensor:
-        self.asked.append("labels")
-        placed = torch.full(wanted.shape, CLASSES - 1)
-        placed[wanted] = self.labels
-        return placed
+    return CenterDenoising(**arguments)
 
 
 @dataclass(frozen=True)
@@ -133,18 +106,6 @@ def naive_copies(
             )
         )
     return copies
-
-
-def naive_hidden(groups: int, most: int, others: int) -> Tensor:
-    """Whether a query (row) may not look at another: group by group, then the queries that are matched."""
-    total = groups * most + others
-
-    def group(n: int) -> int:
-        return n // most if n < groups * most else -1
-
-    return torch.tensor(
-        [[group(j) >= 0 and group(i) != group(j) for j in range(total)] for i in range(total)], dtype=torch.bool
-    ).view(total, total)
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -242,11 +203,6 @@ def test_layout_and_reach_of_the_noise(counts: list[int], groups: int, seed: int
             assert 0 <= int(copies.labels[place]) < CLASSES
 
 
-def many(count: int = 20000) -> Targets:
-    boxes = torch.tensor([0.5, 0.4, 0.2, 0.3]).expand(count, 4)
-    return Targets.from_lists([torch.full((count,), 2)], [boxes])
-
-
 def test_labels_flip_as_often_as_they_should_and_may_stay() -> None:
     torch.manual_seed(0)
     labels = denoising(label_noise=0.4).noise(many(), 1).labels[0]
@@ -332,6 +288,18 @@ def test_the_last_channel_marks_copies(fills_content: bool) -> None:
     mixed, known = ours(object_queries(2), objects([3, 1]))
     assert known is not None
     assert torch.equal(mixed.content[:, :9, -1].bool(), known.matched) and not mixed.content[:, 9:, -1].any()
+
+
+@pytest.mark.parametrize("fills_content", [False, True])
+def test_without_an_indicator_labels_fill_the_content(fills_content: bool) -> None:
+    ours, queries = denoising(indicator=False, fills_content=fills_content, label_noise=0.0), object_queries(2)
+    assert ours.label_embed.weight.shape == (CLASSES + 1, WIDTH)
+    mixed, known = ours(queries, objects([3, 1]))
+    assert known is not None
+    expected = ours.label_embed.weight[known.targets.labels]
+    assert torch.equal(mixed.content[:, :9][known.matched], expected[known.matched])
+    others = queries.content + ours.label_embed.weight[CLASSES] if fills_content else queries.content
+    assert torch.equal(mixed.content[:, 9:], others)
 
 
 def test_copies_that_are_told_no_label() -> None:
@@ -453,20 +421,13 @@ def test_of_too_many_objects_some_are_chosen_at_random() -> None:
     assert len(met) > 280  # 300 * (1 - (260 / 300)^30) = 296 of the 300
 
 
-def said_of(known: Given, batch: int, layers: int = 2) -> Predictions:
-    torch.manual_seed(4)
-    count = known.matched.shape[1]
-    boxes = torch.rand(layers, batch, count, 4).double()
-    return Predictions(torch.randn(layers, batch, count, CLASSES).double(), boxes, known)
-
-
 @pytest.mark.parametrize(("counts", "max_queries"), [([300, 7], 40), ([300, 7], 650), ([2, 3], 1000), ([40, 0], 40)])
 def test_losses_of_crowds_are_the_mean_over_what_is_copied(counts: list[int], max_queries: int) -> None:
     ours, targets = denoising(max_queries=max_queries), objects(counts)
     _, known = ours(object_queries(2), targets)
     assert known is not None
     said = said_of(known, 2)
-    normalizer = Normalizer(torch.tensor(counts, dtype=torch.float64)).of(said)
+    normalizer = Known().normalizer(Normalizer(torch.tensor(counts, dtype=torch.float64)), said)
     query = torch.arange(known.matched.shape[1]).expand(2, 2, -1)
     assignment = Assignment(query, known.matched.expand(2, 2, -1))
     l1 = L1Loss()(said, known.targets, assignment, normalizer)
@@ -482,36 +443,6 @@ def test_losses_of_crowds_are_the_mean_over_what_is_copied(counts: list[int], ma
                 )
         assert float(l1[layer]) == pytest.approx(sum(distances) / len(distances))
         assert float(of_class[layer]) == pytest.approx(sum(focal) / len(focal))
-
-
-def naive_focal(logits: list[float], label: int) -> float:
-    total = 0.0
-    for column, logit in enumerate(logits):
-        p = 1 / (1 + math.exp(-logit))
-        hit = column == label
-        total += -0.25 * (1 - p) ** 2 * math.log(p) if hit else -0.75 * p**2 * math.log(1 - p)
-    return total
-
-
-class Operations(TorchDispatchMode):
-    """Counts all operations, and notes those that would wait for a device."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "item")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Counter[str] = Counter()
-        self.waits: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.removeprefix("aten::")
-        self.seen[name] += 1
-        by_mask = name in ("index", "index_put", "index_put_") and any(
-            isinstance(one, Tensor) and one.dtype == torch.bool for one in args[1] if one is not None
-        )
-        if by_mask or name in self.WAITING:
-            self.waits.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("max_queries", [1000, 2])

@@ -69,6 +69,24 @@ def test_each_layer_speaks_through_its_head_about_its_reference(shared: bool) ->
         assert gradient.all()
 
 
+@pytest.mark.parametrize(("shared", "shared_boxes"), [(True, True), (True, False), (False, True)])
+def test_the_heads_of_all_layers_are_there_for_others(shared: bool, shared_boxes: bool) -> None:
+    """The very same modules, so that they learn from whoever asks them."""
+    ours = Heads(
+        partial(SigmoidClassHead, WIDTH, CLASSES),
+        partial(BoxHead, WIDTH, False),
+        LAYERS,
+        shared,
+        shared_boxes=shared_boxes,
+    )
+    assert (len(ours.class_heads), len(ours.box_heads)) == (1 if shared else LAYERS, 1 if shared_boxes else LAYERS)
+    if shared:
+        assert ours.shared_class_head is ours.class_heads[0]
+    if shared_boxes:
+        assert ours.shared_box_head is ours.box_heads[0]
+    assert not any("shared" in name for name, _ in ours.named_parameters())
+
+
 def test_sixteen_bit_content_gives_boxes_of_full_precision() -> None:
     ours = heads(True, zero_init=False).bfloat16()
     said = ours([torch.randn(1, 4, WIDTH).bfloat16()] * LAYERS, [torch.rand(1, 4, 2)] * LAYERS)

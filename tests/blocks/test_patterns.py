@@ -72,6 +72,7 @@ def test_what_makes_no_sense() -> None:
     for wrong in (
         replace(queries, attention_mask=torch.zeros(3, 3, dtype=torch.bool)),
         replace(queries, groups={"denoise": slice(0, 1), "match": slice(1, 3)}),
+        replace(queries, groups={"match": slice(0, 2), "one_to_many": slice(2, 3)}),
     ):
         with pytest.raises(ValueError, match="the queries of one group without a mask"):
             Patterns(2, WIDTH)(wrong)

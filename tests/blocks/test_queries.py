@@ -1,138 +1,22 @@
 from __future__ import annotations
 
-import itertools
-import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
 
-from detfamily.blocks.heads import BoxHead, SigmoidClassHead
-from detfamily.blocks.queries import LearnedQueries, ProposalQueries, proposal_boxes
+from detfamily.blocks.queries import LearnedQueries, QuerySource
 from detfamily.blocks.references import CenterReference, LearnedReference, LinearReference, MLPReference
-from detfamily.blocks.tokens import flatten_maps, resize_mask
-from detfamily.structures import Tokens
+from detfamily.structures import Queries
 
-WIDTH = 8
-SHAPES = [(6, 8), (3, 4)]
-
-
-def memory_tokens(padded: bool = True) -> Tokens:
-    torch.manual_seed(0)
-    mask = torch.zeros(2, 24, 32, dtype=torch.bool)
-    if padded:
-        mask[1, 18:] = mask[1, :, 20:] = True
-    maps = [torch.randn(2, WIDTH, *shape) for shape in SHAPES]
-    return flatten_maps(maps, [resize_mask(mask, shape) for shape in SHAPES], padded)
-
-
-def source(num_queries: int = 5, mixed: bool = False) -> ProposalQueries:
-    torch.manual_seed(1)
-    box_head = partial(BoxHead, WIDTH, zero_init=False)
-    return ProposalQueries(num_queries, WIDTH, partial(SigmoidClassHead, WIDTH, 3), box_head, mixed)
-
-
-def naive_proposals(memory: Tokens) -> tuple[Tensor, Tensor]:
-    assert memory.grid is not None
-    boxes, usable = torch.full((2, 60, 4), math.inf), torch.zeros(2, 60, dtype=torch.bool)
-    for b in range(2):
-        place = 0
-        for level, (h, w) in enumerate(SHAPES):
-            columns, rows = (memory.grid.valid_ratios[b, level] * torch.tensor([w, h])).tolist()
-            for i, j in itertools.product(range(h), range(w)):
-                size = 0.05 * 2**level
-                box = [(j + 0.5) / columns, (i + 0.5) / rows, size, size]
-                padded = memory.grid.padding_mask is not None and bool(memory.grid.padding_mask[b, place])
-                if not padded and all(0.01 < x < 0.99 for x in box):
-                    usable[b, place] = True
-                    boxes[b, place] = torch.tensor([math.log(x / (1 - x)) for x in box])
-                place += 1
-    return boxes, usable
-
-
-@pytest.mark.parametrize("padded", [False, True])
-def test_proposals_as_a_naive_loop(padded: bool) -> None:
-    memory = memory_tokens(padded)
-    boxes, usable = proposal_boxes(memory)
-    expected, expected_usable = naive_proposals(memory)
-    assert torch.equal(usable, expected_usable)
-    assert bool(usable.all()) != padded
-    torch.testing.assert_close(boxes, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_coarse_levels_have_no_usable_proposals_beyond_the_image() -> None:
-    """0.05 * 2^5 is more than the image."""
-    maps = [torch.randn(1, WIDTH, 2, 2) for _ in range(6)]
-    memory = flatten_maps(maps, [torch.zeros(1, 2, 2, dtype=torch.bool)] * 6, padded=False)
-    _, usable = proposal_boxes(memory)
-    assert usable.view(6, 4).all(1).tolist() == [True] * 5 + [False]
-
-
-def test_the_best_tokens_by_the_first_column_become_queries() -> None:
-    memory, ours = memory_tokens(), source()
-    queries, said = ours(memory)
-    logits, boxes = said.logits[0], said.boxes[0]
-    assert logits.shape == (2, 60, 3) and boxes.shape == (2, 60, 4)
-    box_logits, usable = naive_proposals(memory)
-    tokens = ours.memory_norm(ours.memory_proj(memory.content * usable[..., None]))
-    torch.testing.assert_close(logits, ours.class_head(tokens))
-    torch.testing.assert_close(boxes, (ours.box_head(tokens) + box_logits).sigmoid())
-    assert (boxes[~usable] == 1).all()  # officially infinite logits
-    assert queries.reference_points is not None and not queries.reference_points.requires_grad
-    for b in range(2):
-        order = sorted(range(60), key=lambda place, b=b: -float(logits[b, place, 0].detach()))
-        torch.testing.assert_close(queries.reference_points[b], boxes[b, order[:5]].detach())
-    assert queries.groups == {"match": slice(0, 5)} and ours.reference_dim == 4
-
-
-def naive_code(box: list[float]) -> Tensor:
-    """The sine code of x, y, w, h, in this order, a half of the width each."""
-    features = WIDTH // 2
-    code = []
-    for x in box:
-        for i in range(features):
-            angle = x * 2 * math.pi / 10000 ** (2 * (i // 2) / features)
-            code.append(math.sin(angle) if i % 2 == 0 else math.cos(angle))
-    return torch.tensor(code)
-
-
-@pytest.mark.parametrize("mixed", [False, True])
-def test_position_and_content_come_from_the_box(mixed: bool) -> None:
-    ours = source(mixed=mixed)
-    queries, _ = ours(memory_tokens())
-    assert queries.pos is not None and queries.reference_points is not None
-    for b, n in itertools.product(range(2), range(5)):
-        code = ours.pos_norm(ours.pos_proj(naive_code(queries.reference_points[b, n].tolist())))
-        torch.testing.assert_close(queries.pos[b, n], code[:WIDTH], rtol=1e-4, atol=1e-4)
-        if mixed:
-            assert ours.content is not None
-            assert torch.equal(queries.content[b, n], ours.content[n])
-        else:
-            torch.testing.assert_close(queries.content[b, n], code[WIDTH:], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("mixed", [False, True])
-def test_positions_that_nobody_reads_are_dropped_where_nothing_else_needs_them(mixed: bool) -> None:
-    kept, dropped = source(mixed=mixed), source(mixed=mixed)
-    dropped.drop_unread_positions()
-    (before, _), (after, _) = kept(memory_tokens()), dropped(memory_tokens())
-    assert torch.equal(after.content, before.content) and (after.pos is None) == (not dropped.has_pos) == mixed
-    gone = {name for name, _ in kept.named_parameters()} - {name for name, _ in dropped.named_parameters()}
-    assert gone == (
-        {f"pos_{part}.{kind}" for part in ("proj", "norm") for kind in ("weight", "bias")} if mixed else set()
-    )
-
-
-def test_more_queries_than_tokens() -> None:
-    with pytest.raises(ValueError, match="num_queries=61 proposals are wanted from 60 tokens"):
-        source(61)(memory_tokens())
+from .conftest import WIDTH, decoder_heads, memory_tokens
 
 
 def test_learned_queries_of_detr() -> None:
     torch.manual_seed(0)
     ours = LearnedQueries(200, WIDTH, learn_pos=True, learn_content=False)
-    queries, proposals = ours(memory_tokens())
+    queries, proposals = ours(memory_tokens(), decoder_heads())
     assert proposals is None and queries.reference_points is None and ours.reference_dim is None
     assert ours.pos is not None and queries.pos is not None and ours.has_pos and not ours.has_content
     assert torch.equal(queries.content, torch.zeros(2, 200, WIDTH))
@@ -144,7 +28,7 @@ def test_learned_queries_of_deformable_detr() -> None:
     torch.manual_seed(0)
     reference = partial(LinearReference, embed_dim=WIDTH)
     ours = LearnedQueries(7, WIDTH, learn_pos=True, learn_content=True, reference=reference)
-    queries, _ = ours(memory_tokens())
+    queries, _ = ours(memory_tokens(), decoder_heads())
     assert isinstance(ours.reference, LinearReference) and ours.pos is not None and ours.content is not None
     assert ours.reference_dim == 2 and queries.reference_points is not None and ours.has_pos and ours.has_content
     assert torch.equal(queries.content[1], ours.content)
@@ -157,7 +41,7 @@ def test_learned_queries_of_deformable_detr() -> None:
 def test_learned_queries_of_dab_detr(dim: int) -> None:
     """Anchors are all that is learned, and the same for every image."""
     ours = LearnedQueries(7, WIDTH, False, False, partial(LearnedReference, dim=dim))
-    queries, _ = ours(memory_tokens())
+    queries, _ = ours(memory_tokens(), decoder_heads())
     assert ours.reference_dim == dim and not ours.has_pos and not ours.has_content
     assert queries.pos is None and queries.sine is None and not queries.content.any()
     assert queries.reference_points is not None and queries.reference_points.shape == (2, 7, dim)
@@ -170,13 +54,13 @@ def test_learned_queries_of_dab_detr(dim: int) -> None:
 
 def test_learned_at_input_has_content_only() -> None:
     ours = LearnedQueries(7, WIDTH, learn_pos=False, learn_content=True)
-    queries, _ = ours(memory_tokens())
+    queries, _ = ours(memory_tokens(), decoder_heads())
     assert queries.pos is None and [name for name, _ in ours.named_parameters()] == ["content"]
 
 
 def test_the_last_channel_is_left_to_an_indicator() -> None:
     ours = LearnedQueries(7, WIDTH, learn_pos=True, learn_content=True, indicator=True)
-    queries, _ = ours(memory_tokens())
+    queries, _ = ours(memory_tokens(), decoder_heads())
     assert ours.content is not None and ours.content.shape == (7, WIDTH - 1)
     assert torch.equal(queries.content[1, :, :-1], ours.content) and not queries.content[..., -1].any()
     assert queries.pos is not None and queries.pos.shape == (2, 7, WIDTH)
@@ -189,3 +73,61 @@ def test_queries_that_nothing_tells_apart_are_refused() -> None:
     for reader in (LinearReference, MLPReference):
         with pytest.raises(ValueError, match=r"query_source\.reference is read from the position: learn_pos=true"):
             LearnedQueries(7, WIDTH, False, True, reference=partial(reader, embed_dim=WIDTH))
+
+
+def one_to_many(**changes: object) -> LearnedQueries:
+    torch.manual_seed(0)
+    arguments = {"learn_pos": True, "learn_content": True, "reference": partial(LinearReference, embed_dim=WIDTH)}
+    return LearnedQueries(4, WIDTH, num_one_to_many=3, **{**arguments, **changes})  # type: ignore[arg-type]
+
+
+def test_training_has_more_queries_than_evaluation_and_the_same_first() -> None:
+    ours, memory, heads = one_to_many(), memory_tokens(), decoder_heads()
+    assert (ours.num_queries, ours.num_one_to_many) == (4, 3)
+    training, _ = ours.train()(memory, heads)
+    evaluation, _ = ours.eval()(memory, heads)
+    assert training.groups == {"match": slice(0, 4), "one_to_many": slice(4, 7)}
+    assert evaluation.groups == {"match": slice(0, 4)} and evaluation.attention_mask is None
+    assert ours.pos is not None and ours.content is not None and ours.reference is not None
+    points = ours.reference(ours.pos)
+    for queries, count in ((training, 7), (evaluation, 4)):
+        for made, learned in (
+            (queries.pos, ours.pos),
+            (queries.content, ours.content),
+            (queries.reference_points, points),
+        ):
+            assert made is not None and torch.equal(made, learned[:count].expand(2, -1, -1))
+
+
+def test_groups_do_not_look_at_each_other() -> None:
+    queries, _ = one_to_many().train()(memory_tokens(), decoder_heads())
+    assert queries.attention_mask is not None
+    assert queries.attention_mask.tolist() == [[(row < 4) != (column < 4) for column in range(7)] for row in range(7)]
+
+
+def test_queries_of_training_learn() -> None:
+    ours = one_to_many(learn_pos=False, learn_content=False, reference=partial(LearnedReference, dim=4)).train()
+    queries, _ = ours(memory_tokens(), decoder_heads())
+    assert queries.reference_points is not None and queries.content.shape == (2, 7, WIDTH)
+    assert not queries.content.any()
+    queries.reference_points.sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.all() for parameter in ours.parameters())
+    assert {parameter.shape[0] for parameter in ours.parameters()} == {7}
+
+
+def test_no_queries_of_training_change_nothing() -> None:
+    ours = LearnedQueries(4, WIDTH, True, True).train()
+    queries, _ = ours(memory_tokens(), decoder_heads())
+    assert queries.groups == {"match": slice(0, 4)} and queries.attention_mask is None
+    with pytest.raises(ValueError, match=r"one_to_many\.num_queries=-1: expected 0 for none, or more"):
+        LearnedQueries(4, WIDTH, True, True, num_one_to_many=-1)
+
+
+def test_a_source_names_the_groups_of_whatever_queries_it_makes() -> None:
+    ours, queries = QuerySource(2, 2), Queries(torch.randn(1, 4, WIDTH), torch.randn(1, 4, WIDTH))
+    grouped = ours.grouped(queries)
+    assert grouped.groups == {"match": slice(0, 2), "one_to_many": slice(2, 4)}
+    assert grouped.content is queries.content and grouped.pos is queries.pos
+    assert ours.count == 4 and ours.eval().count == 2
+    fewer = replace(queries, content=queries.content[:, :2])
+    assert ours.grouped(fewer).groups == {"match": slice(0, 2)}

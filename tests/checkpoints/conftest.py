@@ -18,6 +18,7 @@ from detfamily.parity.families import (
     dab_detr,
     deformable_detr,
     detr,
+    dino,
     dn_dab_deformable_detr,
     dn_dab_detr,
 )
@@ -30,10 +31,13 @@ FAMILIES = {
     "dab_deformable_detr": dab_deformable_detr,
     "dn_detr": dn_dab_detr,
     "dn_deformable_detr": dn_dab_deformable_detr,
+    "dino": dino,
 }
 LOSS = {"loss_ce_coef": 1, "bbox_loss_coef": 5, "giou_loss_coef": 2, "cls_loss_coef": 2, "focal_alpha": 0.25}
 COST = {"set_cost_class": 1, "set_cost_bbox": 5, "set_cost_giou": 2, "eos_coef": 0.1, "dropout": 0.1}
 NOISE = {"scalar": 5, "label_noise_scale": 0.2, "box_noise_scale": 0.4}
+SWINS = {"swin_L_384_22k": "swin_l_384_22k"}
+"""Official name of a backbone -> ours, where they differ."""
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +49,7 @@ def official_detector() -> Callable[..., Detector]:
 
     def make(family: str, args: dict[str, Any], columns: int, meta_backbone: bool = False) -> Detector:
         everything = {**COST, **LOSS, **NOISE, **args}
+        everything["backbone"] = SWINS.get(everything["backbone"], everything["backbone"])
         info = {"args": everything, "matcher_and_loss": {**everything, "weight_dict": {"loss_ce": 1, "loss_ce_enc": 1}}}
         cfg = compose("train", FAMILIES[family].overrides(Case(Path(), info, {}, {})))
         with torch.device("meta"):

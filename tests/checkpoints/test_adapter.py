@@ -64,3 +64,34 @@ def test_what_may_be_ignored_is() -> None:
 def test_a_part_of_a_joined_tensor_is_missing() -> None:
     with pytest.raises(CheckpointError, match=r"queries\.weight is made of \['pos', 'content'\], and \['content'\]"):
         ADAPTER.to_official({"pos": torch.zeros(1, 2)})
+
+
+NESTED = Adapter(
+    [
+        Rename(
+            "stages.{n}.blocks.{m}.table",
+            ("layers.{n}.{m}.bias_table",),
+            computed=(("layers.{n}.{m}.count", lambda table: torch.tensor(len(table))),),
+        ),
+        Rename("stages.{n}.blocks.{m}.{rest}", ("layers.{n}.{m}.{rest}",)),
+    ]
+)
+
+
+def test_two_numbers_in_a_name() -> None:
+    ours = {"stages.1.blocks.12.norm.bias": torch.zeros(2), "stages.12.blocks.1.norm.bias": torch.ones(2)}
+    official = NESTED.to_official(ours)
+    assert set(official) == {"layers.1.12.norm.bias", "layers.12.1.norm.bias"}
+    back = NESTED.to_ours(official)
+    assert set(back) == set(ours) and all(torch.equal(back[name], value) for name, value in ours.items())
+
+
+def test_what_follows_from_another_tensor_is_written_and_not_read() -> None:
+    ours = {"stages.0.blocks.3.table": torch.randn(5, 2)}
+    assert set(NESTED.to_official(ours)) == {"layers.0.3.bias_table"}
+    official = NESTED.to_official(ours, computed=True)
+    assert set(official) == {"layers.0.3.bias_table", "layers.0.3.count"}
+    assert int(official["layers.0.3.count"]) == 5
+    back = NESTED.to_ours({**official, "layers.0.3.count": torch.tensor(99)})
+    assert set(back) == set(ours)
+    assert NESTED.our_names("layers.0.3.count") == ("stages.0.blocks.3.table",)

@@ -33,12 +33,14 @@ VARIANTS = [
     ),
     *(("dab_detr", f"dab_detr_r50{suffix}") for suffix in ("", "_3pat", "_dc5")),
     *(("dab_deformable_detr", f"dab_deformable_detr_r50{suffix}") for suffix in ("", "_fixxy", "_two_stage")),
+    *(("dino", name) for name in ("4scale_r50", "5scale_r50", "4scale_swin_L_384_22k")),
 ]
 STORED = {
     "detr": "detr",
     "deformable_detr": "deformable_detr",
     "dab_detr": "dab_detr",
     "dab_deformable_detr": "dab_detr",
+    "dino": "dino",
 }
 """Family -> the golden family whose folder has its lists of names."""
 CASES = {
@@ -47,8 +49,12 @@ CASES = {
     "dab_deformable_detr": "dab_deformable_detr",
     "dn_dab_detr": "dn_detr",
     "dn_dab_deformable_detr": "dn_deformable_detr",
+    "dino": "dino",
+    "h_deformable_detr": "h_deformable_detr",
 }
 """Golden family -> ours, where names of weights are the list of names."""
+COMPUTED = "relative_position_index"
+"""Which windows' tables are read where: the same in all files of a size."""
 Read = Callable[[str], dict[str, Any]]
 Build = Callable[..., Detector]
 
@@ -87,10 +93,12 @@ def test_all_names_there_and_back(stored_json: Read, official_detector: Build, f
     assert set(ours) == set(state)
     for key, value in state.items():
         assert (ours[key].shape, ours[key].dtype) == (value.shape, value.dtype), key
-    back = adapter.to_official(ours)
+    back = adapter.to_official(ours, computed=True)
     assert set(back) == set(official)
     for key, value in back.items():
-        assert value.shape == official[key].shape and torch.equal(value.flatten()[:1], official[key].flatten()[:1]), key
+        assert (value.shape, value.dtype) == (official[key].shape, official[key].dtype), key
+        if not key.endswith(COMPUTED):
+            assert torch.equal(value.flatten()[:1], official[key].flatten()[:1]), key
     parameters = dict(detector.named_parameters())
     assert sum(p.numel() for p in parameters.values()) == found["num_parameters"]
     assert sum(p.numel() for p in parameters.values() if p.requires_grad) == found["num_trainable_parameters"]
@@ -99,7 +107,7 @@ def test_all_names_there_and_back(stored_json: Read, official_detector: Build, f
 @pytest.mark.parametrize("folder", CASES)
 def test_all_names_of_golden_weights_there_and_back(goldens: Path, folder: str) -> None:
     cases = [Case.load(path.parent) for path in sorted(goldens.glob(f"{folder}/*/weights.safetensors"))]
-    for case in cases:
+    for case in (case for case in cases if any(name.startswith("class_embed") for name in case.weights)):
         cfg = compose("train", import_module(f"detfamily.parity.families.{folder}").overrides(case))
         with torch.device("meta"):
             backbone = StoredFeatures([case.io[key] for key in sorted(case.io) if key.startswith("features.")])

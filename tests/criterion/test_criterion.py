@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -58,6 +59,37 @@ def test_proposals_learn_objects_without_their_classes(given: Given, kind: str) 
     torch.testing.assert_close(losses.total, one.naive_total() + 0.5 * agnostic.naive_total(), rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("repeats", [2, 3])
+@pytest.mark.parametrize("counts", [[2, 3], [1, 0, 2], [0, 0], [4, 1]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_queries_answer_for_each_object(given: Given, kind: str, counts: list[int], repeats: int) -> None:
+    """Losses and gradients as a naive loop over lists in which every object stands several times."""
+    one = given(kind, counts)
+    two = given(kind, counts, queries=9)
+    many = replace(
+        two,
+        labels=[labels.repeat(repeats) for labels in one.labels],
+        boxes=[boxes.repeat(repeats, 1) for boxes in one.boxes],
+    )
+    groups = {"match": Hungarian(), "one_to_many": Hungarian(repeats=repeats, weight=0.5)}
+    losses = one.criterion(groups=groups)({"match": one.predictions, "one_to_many": two.predictions}, one.targets)
+    for layer in range(3):
+        for name, expected in many.naive_losses(layer).items():
+            part = losses.parts[f"one_to_many/{layer}/{name}"]
+            torch.testing.assert_close(part, expected.detach(), rtol=1e-7, atol=1e-9)
+    assignment = losses.assignments["one_to_many"]
+    for layer, (image, count) in itertools.product(range(3), enumerate(counts)):
+        queries = assignment.query[layer, image][assignment.matched[layer, image]].tolist()
+        assert len(queries) == len(set(queries)) == min(count * repeats, 9)
+    total = one.naive_total() + 0.5 * many.naive_total()
+    torch.testing.assert_close(losses.total, total, rtol=1e-7, atol=1e-9)
+    inputs = (two.predictions.logits, two.predictions.boxes)
+    ours = torch.autograd.grad(losses.total, inputs)
+    theirs = torch.autograd.grad(total, inputs, allow_unused=True)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-6, atol=1e-8)
+
+
 class HostWatch(TorchDispatchMode):
     """Counts operations that wait for the device, wherever the tensors lie."""
 
@@ -114,7 +146,9 @@ def test_one_copy_to_the_host_in_a_step(
 ) -> None:
     one, two = given(kind, [2, 0, 9]), given(kind, [2, 0, 9], layers=1, queries=11)
     said = {"match": one.predictions, "proposals": two.predictions, "denoise": noised(one, 3).predictions}
+    said["one_to_many"] = given(kind, [2, 0, 9], queries=20).predictions
     criterion, targets = one.criterion(), one.targets
+    criterion.groups["one_to_many"] = Hungarian(repeats=3)
     copies = count_copies(monkeypatch)
     with HostWatch() as watch:
         losses = criterion(said, targets, ride=torch.tensor([4.0, 5.0]))
@@ -164,6 +198,20 @@ def test_halves_of_a_batch_with_a_common_normalizer_add_up(given: Given, kind: s
     torch.testing.assert_close(halves(1), whole, rtol=1e-9, atol=1e-9)
     if sum(counts):  # without any object each process divides by 1, as officially
         torch.testing.assert_close(halves(2) / 2, whole, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_halves_of_a_batch_whose_objects_are_answered_for_by_several_add_up(given: Given, kind: str) -> None:
+    counts = [2, 3, 9, 0]
+    one = given(kind, counts, queries=12)
+    criterion = one.criterion(groups={"one_to_many": Hungarian(repeats=4)})
+    whole = criterion({"one_to_many": one.predictions}, one.targets).total
+    normalizer, total = Normalizer(torch.tensor(counts, dtype=torch.float64)), torch.zeros((), dtype=torch.float64)
+    for half in (slice(0, 2), slice(2, 4)):
+        said = Predictions(one.predictions.logits[:, half], one.predictions.boxes[:, half])
+        targets = Targets.from_lists(one.labels[half], one.boxes[half])
+        total = total + criterion({"one_to_many": said}, targets, normalizer).total
+    torch.testing.assert_close(total, whole, rtol=1e-9, atol=1e-9)
 
 
 COPIES = [([2, 3], 4), ([2, 0, 5], 4), ([0, 0], 4), ([9, 1, 12], 4), ([3, 2], 1)]

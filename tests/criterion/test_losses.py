@@ -6,6 +6,7 @@ import torch
 from detfamily.criterion import Normalizer
 from detfamily.criterion.losses import FocalClassLoss
 from detfamily.criterion.matcher import Assignment
+from detfamily.criterion.rules import Hungarian, Known
 from detfamily.structures import Given, Predictions, Targets
 
 
@@ -37,21 +38,40 @@ def test_normalizer_knows_how_many_queries_will_be_matched() -> None:
     assert (float(matched), float(unmatched)) == (7, 13)
 
 
+def of_copies(normalizer: Normalizer, said: Predictions) -> Normalizer:
+    return Known().normalizer(normalizer, said)
+
+
 def test_copies_are_counted_as_often_as_they_answer() -> None:
     counts = torch.tensor([3.0, 0.0, 12.0, 1.0])
     plain = Normalizer(counts, world_size=2)
-    assert plain.of(ten_queries()) is plain
-    assert float(plain.of(ten_queries(copies(5))).num_boxes()) == 5 * 16 / 2
-    assert float(Normalizer(torch.zeros(2)).of(ten_queries(copies(5))).num_boxes()) == 5  # one object at least
-    matched, unmatched = plain.of(ten_queries(copies(5))).num_matched(ten_queries(copies(5)))
+    said = ten_queries(copies(5))
+    assert float(of_copies(plain, said).num_boxes()) == 5 * 16 / 2
+    assert float(of_copies(Normalizer(torch.zeros(2)), said).num_boxes()) == 5  # one object at least
+    matched, unmatched = of_copies(plain, said).num_matched(said)
     assert (float(matched), float(unmatched)) == (40, 4 * 2)
+    assert torch.equal(plain.counts, counts) and plain.copies == 1
 
 
 def test_objects_that_have_no_copies_do_not_count_and_the_batch_at_hand_does_not_matter() -> None:
     """Images of other processes may have more objects than the slots here."""
-    counts = torch.tensor([3.0, 0.0, 12.0, 1.0, 300.0])
-    assert float(Normalizer(counts).of(ten_queries(copies(2, limit=1000))).num_boxes()) == 2 * 316
-    assert float(Normalizer(counts).of(ten_queries(copies(2, limit=11))).num_boxes()) == 2 * (3 + 11 + 1 + 11)
+    normalizer = Normalizer(torch.tensor([3.0, 0.0, 12.0, 1.0, 300.0]))
+    assert float(of_copies(normalizer, ten_queries(copies(2, limit=1000))).num_boxes()) == 2 * 316
+    assert float(of_copies(normalizer, ten_queries(copies(2, limit=11))).num_boxes()) == 2 * (3 + 11 + 1 + 11)
+
+
+def test_repeated_objects_are_counted_as_often() -> None:
+    counts = torch.tensor([3.0, 0.0, 12.0, 1.0])
+    plain = Normalizer(counts, world_size=2)
+    assert Hungarian().normalizer(plain, ten_queries()) is plain
+    many = Hungarian(repeats=3).normalizer(plain, ten_queries())
+    assert float(many.num_boxes()) == 3 * 16 / 2
+    matched, unmatched = many.num_matched(ten_queries())  # of 10 queries each: 9, 0, all 10, 3
+    assert (float(matched), float(unmatched)) == (22 / 2, 18 / 2)
+    nothing = Hungarian(repeats=3).normalizer(Normalizer(torch.zeros(2)), ten_queries())
+    assert float(nothing.num_boxes()) == 1  # officially the repeated lists are counted, and one at least
+    few = Hungarian(repeats=3).normalizer(Normalizer(torch.tensor([1.0]), world_size=8), ten_queries())
+    assert float(few.num_boxes()) == 1
 
 
 def test_focal_loss_of_extreme_logits_is_finite_and_so_is_its_gradient() -> None:

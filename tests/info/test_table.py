@@ -25,6 +25,8 @@ ONE_OF_EACH_FAMILY = (
     "dab_deformable_detr_r50_encoder_only",
     "dn_detr_r101_dc5_3pat_12ep",
     "dn_deformable_detr_r50",
+    "dino_r50_5scale_12ep",
+    "h_deformable_detr_swin_t_12ep",
 )
 
 

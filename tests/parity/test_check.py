@@ -24,8 +24,8 @@ from detfamily.parity.case import MUST_COMPARE, role_of
 from detfamily.parity.check import check, report
 
 Copy = Callable[..., Path]
-FAMILIES = ("detr", "deformable_detr", "coco_eval", "ms_deform_attn")
-BY_SCRIPT = ("conditional_detr", "dab_detr", "dab_deformable_detr", "dn_dab_detr", "dn_dab_deformable_detr")
+FAMILIES = ("detr", "deformable_detr", "coco_eval", "ms_deform_attn", "swin")
+BY_SCRIPT = ("conditional_detr", "dab_detr", "dab_deformable_detr", "dn_dab_detr", "dn_dab_deformable_detr", "dino")
 """Families whose rounding hangs on the machine unless MKL is told before torch loads, which the script does."""
 SCRIPT = Path(__file__).parents[2] / "scripts" / "check_goldens.py"
 
@@ -101,10 +101,10 @@ def beyond_the_limit(key: str, value: Tensor, role: str) -> Tensor:
     changed = value.clone()
     flat = changed.view(-1)
     index = flat.numel() // 2
-    largest = float(value.nan_to_num().abs().max())
-    if role == "match":
-        flat[index] = flat[index] + 1 if flat[index] == 0 else flat[index] - 1
+    if not flat.is_floating_point():  # indices, counts, masks
+        flat[index] = int(flat[index] == 0)
         return changed
+    largest = float(value.nan_to_num().abs().max())
     number = 0.0 if flat[index].isnan() else float(flat[index])
     step = {
         "output": 1e-4 * max(1, largest),
@@ -117,7 +117,9 @@ def beyond_the_limit(key: str, value: Tensor, role: str) -> Tensor:
     return changed
 
 
-@pytest.mark.parametrize("name", ["detr/postnorm", "deformable_detr/two_stage", "detr/empty_image"])
+@pytest.mark.parametrize(
+    "name", ["detr/postnorm", "deformable_detr/two_stage", "detr/empty_image", "dino/4scale_train", "dino/empty_image"]
+)
 def test_every_single_number_counts(copy_of: Copy, name: str) -> None:
     """Each result is altered in one place: each must be found, by itself."""
     case = copy_of(name)
@@ -180,6 +182,28 @@ def test_every_single_number_of_the_op_counts(copy_of: Copy, name: str) -> None:
     with backends.use_backend(backends.REFERENCE):
         (verdict,) = check([case])
     assert len(altered) > 40 and set(verdict.failed) == in_both(name, altered)
+    assert not verdict.passed and not verdict.error and not verdict.missing
+
+
+@pytest.mark.parametrize("name", ["dino/cdn", "dino/functions", "dino/4scale_eval"])
+def test_every_single_number_counts_without_training(copy_of: Copy, name: str) -> None:
+    """Of noise alone, which is compared though a check is given it, of functions, and of a detector in evaluation."""
+    case = copy_of(name)
+    altered: set[str] = set()
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for key, value in tensors.items():
+            role = role_of(key, case)
+            role = (
+                "output" if re.search(r"(^|\.)cdn\.(?!draw\.)", key) else role
+            )  # compared, though a check is given it
+            if role in MUST_COMPARE and value.numel() and role != "detections":
+                altered.add(key)
+                tensors[key] = beyond_the_limit(key, value, role)
+
+    rewrite(case, change)
+    (verdict,) = check([case])
+    assert len(altered) > 25 and set(verdict.failed) == altered
     assert not verdict.passed and not verdict.error and not verdict.missing
 
 

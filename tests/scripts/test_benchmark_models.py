@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +18,7 @@ def script() -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.path.append(str(path.parent))
     spec.loader.exec_module(module)
     return module
 
@@ -42,7 +44,10 @@ def test_a_rival_runs_by_turns_and_is_measured(script: ModuleType, task: str) ->
             assert labels.shape == boxes.shape[:2]
             low, high = boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2
             assert (low > -1e-6).all() and (high < 1 + 1e-6).all()
-            return model(pixels).square().mean()
+            answer = model(pixels)
+            with record_function(script.CRITERION):
+                assert answer.square().mean().item() > 0  # asks the device
+                return answer.square().mean()
 
         return script.Side(name, model, model, loss)
 
@@ -52,6 +57,10 @@ def test_a_rival_runs_by_turns_and_is_measured(script: ModuleType, task: str) ->
     assert (small.parameters, large.parameters) == (84, 672)
     assert len(small.ms) == len(large.cpu_ms) == 2
     assert small.aten_calls < large.aten_calls
+    training = task == "train"
+    assert small.host_reads == large.host_reads == (3 if training else 0)  # two asserts above, one item
+    assert (0 < small.criterion_calls < small.aten_calls) == training
+    assert small.criterion_calls == large.criterion_calls
     assert small.peak_mib >= 2 * 3 * 32 * 40 * 4 / 2**20  # an output at least
     assert sum(large.shares.values()) == pytest.approx(1)
 

@@ -97,7 +97,7 @@ class Denoising(nn.Module):
         reference_dim: int | None,
     ) -> None:
         super().__init__()
-        _check_least(1, max_queries=max_queries)
+        _check_least(rounds_per_group, max_queries=max_queries)
         if not 0 <= label_noise <= 1:
             raise ValueError(f"denoising.label_noise={label_noise}: expected a probability, from 0 to 1")
         if not needs_pos and reference_dim is None:

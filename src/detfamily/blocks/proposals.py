@@ -143,11 +143,17 @@ class ProposalQueries(QuerySource):
         """(B, N) indices of the best tokens, best first."""
         if logits.shape[1] < self.count:
             raise DataError(
-                f"num_queries={self.count} proposals are wanted from {logits.shape[1]} tokens: "
+                f"{self._wanted()} proposals are wanted from {logits.shape[1]} tokens: "
                 "use fewer queries, more levels or larger images"
             )
         scores = logits[..., 0] if self.class_agnostic else logits.amax(-1)
         return scores.topk(self.count, dim=1).indices
+
+    def _wanted(self) -> str:
+        wanted = f"model.num_queries={self.num_queries}"
+        return (
+            wanted if self.count == self.num_queries else f"{wanted} and model.num_one_to_many={self.num_one_to_many}"
+        )
 
     def drop_unread_positions(self) -> None:
         """Unless the content comes from it, too, the code serves nothing else."""

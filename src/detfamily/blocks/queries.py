@@ -12,7 +12,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from detfamily.blocks.heads import Heads
 from detfamily.structures import Predictions, Queries, Tokens

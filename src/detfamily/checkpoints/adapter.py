@@ -1,30 +1,39 @@
 """Renaming tensors between another repository's names and ours, in both directions.
 
 A rule pairs one of our names with one or several official ones (some official code lists a shared tensor under several
-names). Names are templates: ``{n}`` stands for a number, ``{rest}`` for the rest of the name, and both mean the same on
-both sides. The first rule that fits decides.
+names). Names are templates: ``{n}`` and ``{m}`` stand for numbers, ``{rest}`` for the rest of the name, and each means
+the same on both sides. The first rule that fits decides.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from detfamily.errors import CheckpointError
 
-_PLACES = {"{n}": r"(?P<n>\d+)", "{rest}": r"(?P<rest>.+)"}
+_PLACES = {"{n}": r"(?P<n>\d+)", "{m}": r"(?P<m>\d+)", "{rest}": r"(?P<rest>.+)"}
 
 
 @dataclass(frozen=True)
 class Rename:
-    """One of our tensors, under the official names; the official tensors are equal."""
+    """One of our tensors, under the official names; the official tensors are equal.
+
+    Attributes:
+        ours: our name.
+        official: their names.
+        computed: official tensors that hold nothing new, each with how it follows from this one: files have them, but
+            nobody needs to read them.
+    """
 
     ours: str
     official: tuple[str, ...]
+    computed: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,8 @@ class Adapter:
         ours: dict[str, Tensor] = {}
         unknown = []
         for name, tensor in official.items():
+            if self._is_computed(name):
+                continue
             targets = self._our_names(name)
             if targets is None:
                 if not any(pattern.search(name) for pattern in self.ignored):
@@ -74,8 +85,12 @@ class Adapter:
             raise CheckpointError(f"official names without a counterpart: {listed(unknown)}")
         return ours
 
-    def to_official(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def to_official(self, ours: Mapping[str, Tensor], computed: bool = False) -> dict[str, Tensor]:
         """Our tensors under the official names, every copy included.
+
+        Args:
+            ours: a state dict, or whatever else goes by its names.
+            computed: add the official tensors that follow from others; only for weights.
 
         Raises:
             CheckpointError: names that no rule knows; or parts of a joined tensor are missing.
@@ -93,6 +108,8 @@ class Adapter:
                 official[rule.official] = torch.cat([ours[part] for part in rule.ours], rule.dim)
             else:
                 official |= {_fill(rule.ours, template, name): tensor for template in rule.official}
+                if computed:
+                    official |= {_fill(rule.ours, template, name): of(tensor) for template, of in rule.computed}
         if unknown:
             raise CheckpointError(f"our names without an official counterpart: {listed(unknown)}")
         return official
@@ -105,7 +122,7 @@ class Adapter:
         return rule.official if isinstance(rule, Join) else _fill(rule.ours, rule.official[0], ours)
 
     def our_names(self, official: str) -> tuple[str, ...]:
-        """Our tensors that an official one becomes; none if no rule fits."""
+        """Our tensors that an official one becomes or follows from; none if no rule fits."""
         found = self._our_names(official)
         return () if found is None else found[0]
 
@@ -115,10 +132,14 @@ class Adapter:
                 if rule.official == official:
                     return rule.ours, rule.dim
                 continue
-            for template in rule.official:
+            for template in (*rule.official, *(one for one, _ in rule.computed)):
                 if _fits(template, official):
                     return (_fill(template, rule.ours, official),), 0
         return None
+
+    def _is_computed(self, official: str) -> bool:
+        renames = (rule for rule in self.rules if isinstance(rule, Rename))
+        return any(_fits(template, official) for rule in renames for template, _ in rule.computed)
 
     def _rule_for(self, ours: str) -> Rule | None:
         for rule in self.rules:
@@ -128,6 +149,7 @@ class Adapter:
         return None
 
 
+@cache
 def _pattern(template: str) -> re.Pattern[str]:
     escaped = re.escape(template)
     for place, pattern in _PLACES.items():

@@ -12,8 +12,8 @@ from torch import Tensor
 from detfamily.data.labels import LabelMap
 
 LABEL_EMBED = "denoising.label_embed.weight"
-"""A row per class, and a last one for "unknown": queries without content of their own start from it (DN-DETR), else nobody
-reads it (DINO)."""
+"""A row per class, and a last one for "unknown", which queries without content of their own start from (DN-DETR), and
+else nobody reads (DINO)."""
 
 _CLASS_ROWS = re.compile(rf"(heads\.class_heads\.\d+|query_source\.class_head)\.(weight|bias)|{re.escape(LABEL_EMBED)}")
 _PROPOSALS = "query_source.class_head."

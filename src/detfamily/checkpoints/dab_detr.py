@@ -21,7 +21,6 @@ from detfamily.checkpoints.variant import IN_TRAINING, Evidence, Variant, backbo
 from detfamily.detector import Detector
 from detfamily.errors import CheckpointError
 
-
 SLOPES = [
     Rename(f"{part}.layers.{{n}}.ffn.activation.{{rest}}", (f"transformer.{part}.layers.{{n}}.activation.{{rest}}",))
     for part in ("encoder", "decoder")

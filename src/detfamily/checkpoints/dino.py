@@ -79,6 +79,8 @@ LABEL_BOOK = "label_enc.weight"
 PUBLISHED = {
     ("backbone=resnet50", (3, 4, 5), 4): "dino_r50_4scale_12ep",
     ("backbone=resnet50", (2, 3, 4, 5), 5): "dino_r50_5scale_12ep",
+    ("backbone=swin_l_384_22k", (3, 4, 5), 4): "dino_swin_l_4scale_12ep",
+    ("backbone=swin_l_384_22k", (2, 3, 4, 5), 5): "dino_swin_l_5scale_12ep",
 }
 """Backbone, its maps, and levels -> the first recipe of the model; those that train longer have the same."""
 
@@ -126,6 +128,7 @@ def variant(evidence: Evidence) -> Variant:
             "decoder.look_forward", "use_detached_boxes_dec_out", False, IN_TRAINING
         ),
         **({} if learned else temperatures(evidence)),
+        **_swin_fields(evidence, chosen),
         **_denoising(evidence),
     }
     shared = _shared_heads(evidence, fields["decoder.num_layers"])
@@ -177,6 +180,13 @@ def _levels(evidence: Evidence) -> tuple[list[int], int]:
         )
     evidence.doubt("return_interm_indices", list(range(4 - maps, 4)))
     return list(range(6 - maps, 6)), levels
+
+
+def _swin_fields(evidence: Evidence, chosen: list[str]) -> dict[str, Any]:
+    if not chosen[0].startswith("backbone=swin") or "use_checkpoint" not in evidence.args:
+        return {}
+    key = "backbone.gradient_checkpointing"
+    return {key: evidence.told(key, "use_checkpoint", False, IN_TRAINING)}
 
 
 def _queries(evidence: Evidence, two_stage: bool) -> int:
@@ -251,7 +261,7 @@ def _denoising(evidence: Evidence) -> dict[str, Any]:
     used = evidence.told("denoising.own_group", "use_dn", True, IN_TRAINING) and number > 0
     if not used:
         evidence.doubts.append(
-            "it was trained with use_dn=False, by which the official code lets one group of copies through to the "
+            "it was trained with use_dn=False (or dn_number=0), by which the official code lets one group of copies through to the "
             "matching, answers in hand; denoising.own_group=false stands for that, and a further training with it is "
             "spoilt, too: for a cure add denoising.own_group=true denoising.num_groups=null"
         )
@@ -287,6 +297,7 @@ def settings(config: Mapping[str, Any], detector: Detector) -> dict[str, Any]:
         **_EXPECTED,
         "modelname": "dino",
         "return_interm_indices": [stage - 2 for stage in config["model"]["stages"]],
+        **_backbone_settings(config, detector),
         "query_dim": 4,
         "num_patterns": 0,
         "random_refpoints_xy": bool((source.get("reference") or {}).get("random_centers", False)),
@@ -303,6 +314,15 @@ def settings(config: Mapping[str, Any], detector: Detector) -> dict[str, Any]:
         "num_select": config["postprocess"].get("num_select", 300),
         "nms_iou_threshold": -1,
         **_denoising_settings(config["denoising"] or {}),
+    }
+
+
+def _backbone_settings(config: Mapping[str, Any], detector: Detector) -> dict[str, Any]:
+    if not isinstance(detector.backbone, Swin):
+        return {}
+    return {
+        "backbone": swin.name_for(config["backbone"], of_dino=True),
+        "use_checkpoint": config["backbone"]["gradient_checkpointing"],
     }
 
 

@@ -34,6 +34,14 @@ def adapter(detector: Detector) -> Adapter:
 
 MARKS = deformable_detr.MARKS
 
+PUBLISHED = {
+    ("backbone=resnet50", 300): "h_deformable_detr_r50_12ep",
+    ("backbone=swin_t", 300): "h_deformable_detr_swin_t_12ep",
+    ("backbone=swin_l", 300): "h_deformable_detr_swin_l_12ep",
+    ("backbone=swin_l", 900): "h_deformable_detr_swin_l_900q_12ep",
+}
+"""Backbone and queries -> the first recipe of the model; those that train longer have the same."""
+
 
 def tells(names: Collection[str], args: Mapping[str, Any]) -> bool:
     """Whether a file that might be of Deformable DETR is of this project."""
@@ -66,35 +74,43 @@ def variant(evidence: Evidence) -> Variant:
     queries, more = _queries(evidence, two_stage and not mixed)
     fields = deformable_detr.sampling_transformer(evidence, levels, width, queries, dropout=0.0) | {
         "backbone.dilation": dilated,
-        "model.num_one_to_many": more,
-        "decoder.look_forward": evidence.told("decoder.look_forward", "look_forward_twice", mixed, IN_TRAINING),
+        "decoder.look_forward": refine
+        and evidence.told("decoder.look_forward", "look_forward_twice", mixed, IN_TRAINING),
         "postprocess.num_select": evidence.told("postprocess.num_select", "topk", 100, "100, as published"),
+        **(_branch(evidence, more) if more else {}),
     }
-    for name, official, published in (("repeats", "k_one2many", 6), ("weight", "lambda_one2many", 1.0)):
-        key = f"criterion.groups.one_to_many.{name}"
-        fields[key] = evidence.told(key, official, published, IN_TRAINING)
-    if two_stage:
-        fields["query_source.content"] = "learned" if mixed else "code"
-    learned = position(evidence)
-    blocks = [*["decoder=plain"] * (not refine), *["query_source=learned_points"] * (not two_stage)]
-    published = (*chosen, levels, mixed, dilated, *learned) == ("backbone=resnet50", 4, True, False)
-    return Variant(
-        ("family=h_deformable_detr", *chosen, *blocks, *learned),
-        "h_deformable_detr_r50_12ep" if published else None,
-        fields,
-        evidence.assumed,
-        tuple(evidence.doubts),
-    )
+    if chosen[0].startswith("backbone=swin") and "drop_path_rate" in evidence.args:
+        fields["backbone.drop_path"] = evidence.told("backbone.drop_path", "drop_path_rate", 0.2, IN_TRAINING)
+    unusual = position(evidence)
+    if not mixed:
+        unusual.append(f"query_source={'proposals' if two_stage else 'learned_points'}")
+    unusual += [*["decoder=plain"] * (not refine), *["one_to_many=none"] * (not more)]
+    choices = ("family=h_deformable_detr", *chosen, *unusual)
+    published = not unusual and not dilated and levels == 4
+    experiment = PUBLISHED.get((" ".join(chosen), queries)) if published else None
+    return Variant(choices, experiment, fields, evidence.assumed, tuple(evidence.doubts))
+
+
+def _branch(evidence: Evidence, count: int) -> dict[str, Any]:
+    """The queries for training alone; without copies of the objects the official code leaves them untrained."""
+    copies = evidence.told("one_to_many.repeats", "k_one2many", 6, IN_TRAINING)
+    weight = evidence.told("one_to_many.weight", "lambda_one2many", 1.0, IN_TRAINING)
+    return {
+        "model.num_one_to_many": count,
+        "one_to_many.repeats": max(1, copies),
+        "one_to_many.weight": weight if copies else 0.0,
+    }
 
 
 def _queries(evidence: Evidence, unseen: bool) -> tuple[int, int]:
     """How many there always are, and in training besides; proposals without learned content leave no trace of it."""
-    key, why = "model.num_queries", "300 queries, as published"
+    key = "model.num_queries"
     if unseen:
-        first = evidence.told(key, "num_queries_one2one", 300, why)
+        first = evidence.told(key, "num_queries_one2one", 300, "300 queries, as published")
         return first, evidence.told("model.num_one_to_many", "num_queries_one2many", 0, IN_TRAINING)
     total = evidence.shape(_CONTENT, 2)[0]
-    first = evidence.told(key, "num_queries_one2one", min(300, total), why)
+    published = next((one for one in (300, 900) if one in (total, total - 1500)), total)
+    first = evidence.told(key, "num_queries_one2one", published, f"{published} queries, as published")
     if first > total:
         raise CheckpointError(
             f"{evidence.source}: its stored setting num_queries_one2one is {first}, and {_CONTENT} has {total} rows"
@@ -107,7 +123,12 @@ def settings(config: Mapping[str, Any], detector: Detector) -> dict[str, Any]:
     """The official settings of a model of ours; those that decide what it is."""
     common, branch = deformable_detr.settings(config, detector), config["criterion"]["groups"]["one_to_many"]
     source = detector.query_source
+    network = {}
+    if isinstance(detector.backbone, Swin):
+        network["backbone"] = swin.name_for(config["backbone"], of_dino=False)
+        network["drop_path_rate"] = config["backbone"]["drop_path"]
     return {key: value for key, value in common.items() if key != "num_queries"} | {
+        **network,
         "num_queries_one2one": source.num_queries,
         "num_queries_one2many": source.num_one_to_many,
         "mixed_selection": isinstance(source, ProposalQueries) and source.content is not None,

@@ -195,7 +195,7 @@ def to_official(weights: Mapping[str, Tensor], cfg: DictConfig, label_map: Label
         state = upstream.adapter(detector).to_official(moved, computed=True)
         args = upstream.settings(config, detector)
         if detector.query_source.num_one_to_many and "num_queries_one2many" not in args:
-            raise CheckpointError("its code knows no queries for training alone (model.num_one_to_many)")
+            raise CheckpointError("its code knows no queries for training alone (one_to_many=hybrid)")
     except CheckpointError as error:
         raise CheckpointError(f"{source} cannot become a file of {upstream.repository}: {error}") from None
     _check_same_function(OfficialFile(source, family, state, args, ()), config, upstream.repository)

@@ -19,12 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detfamily.checkpoints.adapter import listed
-from detfamily.checkpoints.classes import LABEL_EMBED, compare, is_class_row, is_first_row_special, move_rows, say_object
+from detfamily.checkpoints.classes import (
+    LABEL_EMBED,
+    compare,
+    is_class_row,
+    is_first_row_special,
+    move_rows,
+    say_object,
+)
 from detfamily.checkpoints.official import computation, model_overrides, read_official, translate, unequal
 from detfamily.checkpoints.read import read_file
 from detfamily.data.labels import LabelMap
 from detfamily.engine import checkpoint
-from detfamily.errors import CheckpointError
+from detfamily.errors import CheckpointError, ConfigError
 
 _QUERIES = re.compile(r"query_source\.(pos|content|reference\.(center|size)_logit)")
 _CONTENT = "query_source.content"
@@ -86,7 +93,10 @@ def read_initial(path: str | Path, averaged: bool | None = None) -> Initial:
     Raises:
         CheckpointError: the file is missing, broken, hostile, or of nothing that can be read; or it has no averaged
             weights, and they are wanted.
+        ConfigError: ``averaged`` is something else.
     """
+    if averaged not in (None, True, False):
+        raise ConfigError(f"init_ema={averaged!r}: expected true, false or null")
     path = checkpoint.require(path)
     content = read_file(path)
     if checkpoint.is_ours(content):
@@ -103,8 +113,8 @@ def _read_ours(state: Mapping[str, Any], path: Path, averaged: bool | None) -> I
     there = bool(state.get("ema"))
     if averaged and not there:
         raise CheckpointError(
-            f"{path} has no averaged weights: it was trained without optimizer.ema_decay. Without init_ema=true, its trained "
-            "ones are taken"
+            f"{path} has no averaged weights: it was trained without optimizer.ema_decay. Without init_ema=true, its "
+            "trained ones are taken"
         )
     taken = there and averaged is not False
     weights = state["ema"]["model"] if taken else state["model"]

@@ -124,6 +124,9 @@ def transformer(evidence: Evidence, width: int, queries: int, dropout: float = 0
         "encoder.num_layers": evidence.count("transformer.encoder.layers."),
         "decoder.num_layers": evidence.count("transformer.decoder.layers."),
     }
+    for part in ("encoder", "decoder"):
+        if (count := fields[f"{part}.num_layers"]) > len(evidence.state):  # names can have any number
+            raise CheckpointError(f"{evidence.source}: it has transformer.{part}.layers.{count - 1}, and not all before")
     stored = {"hidden_dim": width, "num_queries": queries, "dim_feedforward": fields["model.ffn_dim"]}
     stored |= {"enc_layers": fields["encoder.num_layers"], "dec_layers": fields["decoder.num_layers"]}
     for official, value in stored.items():
@@ -138,7 +141,9 @@ def backbone(evidence: Evidence) -> tuple[list[str], bool]:
     """
     for prefix in swin.PREFIXES:
         if evidence.has(f"{prefix}patch_embed."):
-            return swin.choices(evidence, prefix)
+            name, fields = swin.recognise(evidence, prefix)
+            choices = [f"backbone={name}", *(as_override(key, value) for key, value in fields.items())]
+            return choices, swin.is_dilated(evidence, prefix)
     prefix = "backbone.0.body."
     depth = evidence.count(f"{prefix}layer3.")
     bottleneck = f"{prefix}layer1.0.conv3.weight" in evidence.state

@@ -28,9 +28,7 @@ class Hungarian:
         self, class_agnostic: bool = False, weight: float = 1.0, left_out: Sequence[str] = (), repeats: int = 1
     ) -> None:
         if repeats < 1:
-            raise ValueError(
-                f"criterion.groups: repeats={repeats}, expected 1 or more; a weight of 0 turns a group off"
-            )
+            raise ValueError(f"one_to_many.repeats={repeats}: expected 1 or more; one_to_many=none turns them off")
         self.class_agnostic = class_agnostic
         self.weight = weight
         self.left_out = tuple(left_out)

@@ -118,7 +118,7 @@ class Trainer:
         self.device = runtime.torch_device(world.local_rank)
         self.start = find_start(cfg, world)
         state = checkpoint.load_run(self.start.checkpoint) if self.start.checkpoint else None
-        given = None if state is not None or cfg.init_from is None else read_initial(cfg.init_from)
+        given = None if state is not None or cfg.init_from is None else read_initial(cfg.init_from, cfg.init_ema)
         self.schedule: Schedule = build(cfg.schedule)
         self.recipe: AdamW = build(cfg.optimizer)
         _check_settings(cfg)

@@ -77,6 +77,8 @@ CONVENTIONS = {
     "dab_deformable_detr": _DAB,
     "dn_detr": _DAB,
     "dn_deformable_detr": _DAB,
+    "dino": _DEFORMABLE,
+    "h_deformable_detr": _DEFORMABLE,
 }
 """Of the authors of a family, whose figures later papers quote."""
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from detfamily.backbones.swin import Swin
+from detfamily.backbones.swin import Stage, Swin
 from detfamily.backbones.swin_weights import is_beyond
 from detfamily.blocks.tokens import resize_mask
 from detfamily.checkpoints.adapter import Adapter
@@ -90,20 +91,18 @@ def _watched(swin: Swin) -> Iterator[dict[str, Tensor]]:
     """What the patches, the blocks and the merging of patches give."""
     found: dict[str, Tensor] = {}
     named: dict[str, nn.Module] = {}
-    for index, stage in enumerate(swin.stages):
+    for index, stage in enumerate(cast("Stage", one) for one in swin.stages):
         named |= {f"mid.layer{index}.block{number}": block for number, block in enumerate(stage.blocks)}
         named |= {f"mid.layer{index}.downsample": stage.merge} if stage.merge is not None else {}
 
-    def keep(key: str, output: Tensor) -> None:
+    def keep(key: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
         found[key] = output.flatten(1, 2)
 
-    def keep_map(_: nn.Module, __: Any, output: Tensor) -> None:
+    def keep_map(module: nn.Module, inputs: Any, output: Tensor) -> None:
         found["mid.patch_embed"] = output.permute(0, 3, 1, 2)
 
     hooks = [swin.patches.register_forward_hook(keep_map)]
-    hooks += [
-        module.register_forward_hook(lambda _, __, output, key=key: keep(key, output)) for key, module in named.items()
-    ]
+    hooks += [module.register_forward_hook(partial(keep, key)) for key, module in named.items()]
     try:
         yield found
     finally:
@@ -115,7 +114,7 @@ def _gradients(case: Case, swin: Swin, adapter: Adapter) -> dict[str, Tensor]:
     """Those of frozen parameters, and of stages behind the last map, are zero."""
     given = {name: one.grad for name, one in swin.named_parameters() if one.grad is not None}
     official = adapter.to_official(given)
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, weight in case.weights.items():
         gradient = official.get(name, torch.zeros(weight.shape, dtype=case.dtype))
         found |= {f"grad.{name}": gradient, f"grad_norm.{name}": gradient.norm()}
