@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from detfamily.checkpoints.classes import compare, is_class_row, is_first_row_special, move_rows
+from detfamily.checkpoints.classes import compare, is_class_row, is_first_row_special, move_rows, say_object
 from detfamily.checkpoints.coco_classes import COLUMNS, coco_label_map
 from detfamily.data.labels import LabelMap
 
@@ -60,3 +60,11 @@ def test_which_tensors_have_a_row_per_class():
     assert is_class_row("denoising.label_embed.weight") and not is_first_row_special("denoising.label_embed.weight")
     for name in ("heads.box_heads.0.layers.0.weight", "query_source.box_head.layers.2.bias", "neck.levels.0.0.bias"):
         assert not is_class_row(name)
+
+
+def test_what_proposals_say_is_what_their_config_says():
+    def config(**settings):
+        return {"detector": {"query_source": settings}}
+
+    assert say_object(config()) and say_object(config(class_agnostic=True))
+    assert not say_object(config(class_agnostic=False))

@@ -18,7 +18,7 @@ from detfamily.config import compose, to_container
 from detfamily.data.labels import LabelMap
 from detfamily.detector import Detector
 from detfamily.engine import checkpoint
-from detfamily.errors import CheckpointError
+from detfamily.errors import CheckpointError, ConfigError
 from detfamily.structures import Images
 
 SMALL = [
@@ -30,6 +30,7 @@ TWO_STAGE = ["family=deformable_detr", "decoder=refine", "query_source=proposals
 CONDITIONAL, DAB, DN = ["family=conditional_detr"], ["family=dab_detr"], ["family=dn_detr"]
 DAB_DEFORMABLE, DN_DEFORMABLE = ["family=dab_deformable_detr"], ["family=dn_deformable_detr"]
 PATTERNS = ["model.num_patterns=2"]
+DINO, H_DEFORMABLE = ["family=dino"], ["family=h_deformable_detr", "model.num_one_to_many=3"]
 PETS = LabelMap((5, 6, 9), ("dog", "fish", "cat"))
 FARM = LabelMap((1, 2, 3, 4), ("cow", "cat", "sheep", "dog"))
 
@@ -55,10 +56,12 @@ def write_official(path: Path, overrides: list[str], columns: int = 91) -> dict[
     return detector.state_dict()
 
 
-def start(path: Path, overrides: list[str], labels: LabelMap, partial: bool = False) -> tuple[Any, Any, Report]:
+def start(
+    path: Path, overrides: list[str], labels: LabelMap, partial: bool = False, averaged: bool | None = None
+) -> tuple[Any, Any, Report]:
     detector, config, _ = model(overrides, labels)
     before = {name: value.clone() for name, value in detector.state_dict().items()}
-    report = start_from(detector, read_initial(path), config, labels, partial)
+    report = start_from(detector, read_initial(path, averaged), config, labels, partial)
     return before, detector.state_dict(), report
 
 
@@ -91,9 +94,54 @@ def test_the_same_classes_keep_every_row(tmp_path: Path) -> None:
 
 def test_averaged_weights_are_those_to_start_from(tmp_path: Path) -> None:
     averaged = {name: value + 1 for name, value in model(DETR, FARM)[0].state_dict().items()}
-    write_ours(tmp_path / "a.pt", DETR, FARM, ema={"updates": 3, "model": averaged})
-    _, after, _ = start(tmp_path / "a.pt", DETR, FARM)
-    assert all(torch.equal(after[name], value) for name, value in averaged.items())
+    trained = write_ours(tmp_path / "a.pt", DETR, FARM, ema={"updates": 3, "model": averaged})
+    for asked, wanted, words in (
+        (None, averaged, "averaged weights are taken; the file has the trained ones, too"),
+        (True, averaged, "averaged weights are taken; the file has the trained ones, too"),
+        (False, trained, "trained weights are taken; the file has averaged ones, too"),
+    ):
+        _, after, report = start(tmp_path / "a.pt", DETR, FARM, averaged=asked)
+        assert all(torch.equal(after[name], value) for name, value in wanted.items())
+        assert words in dict(report.rows)["averaging"]
+    write_ours(tmp_path / "b.pt", DETR, FARM)
+    with pytest.raises(CheckpointError, match=r"b\.pt has no averaged weights: .* without optimizer\.ema_decay"):
+        read_initial(tmp_path / "b.pt", True)
+    with pytest.raises(ConfigError, match="init_ema='yes': expected true, false or null"):
+        read_initial(tmp_path / "b.pt", "yes")  # type: ignore[arg-type]
+
+
+def test_averaged_weights_of_official_files_only_on_request(tmp_path: Path) -> None:
+    trained = write_official(tmp_path / "a.pth", DETR)
+    content = torch.load(tmp_path / "a.pth")
+    averaged = {f"module.{name}": value + 1 for name, value in content["model"].items()}
+    torch.save({**content, "ema_model": averaged}, tmp_path / "b.pth")
+    key = "encoder.layers.0.ffn.linear1.weight"
+    for asked, more, words in ((None, 0, "the trained weights are taken"), (True, 1, "the averaged weights are taken")):
+        _, after, report = start(tmp_path / "b.pth", DETR, PETS, averaged=asked)
+        assert torch.equal(after[key], trained[key] + more)
+        assert dict(report.rows)["averaging"].startswith(words) and not report.warnings
+    assert "facebookresearch/detr, averaged)" in report.rows[0][1]
+    assert "averaging" not in dict(start(tmp_path / "a.pth", DETR, PETS)[2].rows)
+    with pytest.raises(CheckpointError, match=r"a\.pth has no averaged weights.*it holds a dict with 'model'\."):
+        read_initial(tmp_path / "a.pth", True)
+
+
+def test_proposals_that_say_classes_have_no_special_row(tmp_path: Path) -> None:
+    source = write_ours(tmp_path / "a.pt", DINO, FARM)
+    before, after, report = start(tmp_path / "a.pt", DINO, PETS)
+    for name in ("query_source.class_head.weight", "heads.class_heads.0.weight", "denoising.label_embed.weight"):
+        assert torch.equal(after[name][[0, 2]], source[name][[3, 1]]), name  # dog, cat
+        assert torch.equal(after[name][1], before[name][1]), name  # fish is new
+    assert torch.equal(after["denoising.label_embed.weight"][3], source["denoising.label_embed.weight"][4])
+    assert not report.warnings
+    agnostic = [*DINO, "query_source.class_agnostic=true"]
+    with pytest.raises(
+        CheckpointError, match=r"query_source\.class_head\.weight \[4, 32\], a class head of another kind"
+    ):
+        start(tmp_path / "a.pt", agnostic, PETS)
+    before, after, _ = start(tmp_path / "a.pt", agnostic, PETS, partial=True)
+    assert torch.equal(after["query_source.class_head.bias"], before["query_source.class_head.bias"])
+    assert torch.equal(after["heads.class_heads.0.weight"][0], source["heads.class_heads.0.weight"][3])
 
 
 def test_rows_of_embedded_labels_go_over_by_name_and_that_of_unknown_always(tmp_path: Path) -> None:
@@ -109,7 +157,7 @@ def test_rows_of_embedded_labels_go_over_by_name_and_that_of_unknown_always(tmp_
     assert torch.equal(after[key][-1], source[key][-1]) and torch.equal(after[key][:-1], before[key][:-1])
 
 
-@pytest.mark.parametrize("overrides", [DETR, PLAIN, TWO_STAGE, CONDITIONAL, DAB, DN_DEFORMABLE])
+@pytest.mark.parametrize("overrides", [DETR, PLAIN, TWO_STAGE, CONDITIONAL, DAB, DN_DEFORMABLE, DINO, H_DEFORMABLE])
 def test_an_official_file_is_read_as_it_is(tmp_path: Path, overrides: list[str]) -> None:
     source = write_official(tmp_path / "a.pth", overrides)
     before, after, report = start(tmp_path / "a.pth", overrides, PETS)
@@ -120,6 +168,7 @@ def test_an_official_file_is_read_as_it_is(tmp_path: Path, overrides: list[str])
     assert torch.equal(after["backbone.body.conv1.weight"], source["backbone.body.conv1.weight"])
     assert dict(report.rows)["classes"].startswith("2 of 3 by name (dog, cat); 1 new (fish); 78 of the checkpoint")
     owners = {"detr": "facebook", "deformable_detr": "fundamentalvision", "conditional_detr": "Atten4Vis"}
+    owners["h_deformable_detr"] = "HDETR"
     assert f"of {owners.get(overrides[0].removeprefix('family='), 'IDEA-Research/D')}" in report.rows[0][1]
     assert not report.warnings
 
@@ -270,6 +319,16 @@ def test_denoising_comes_and_goes_and_detections_stay(
     assert any("denoising.label_embed.weight" in one for one in report.warnings)
     wanted = answers(model(source, FARM, seed=1)[0])
     torch.testing.assert_close(answers(detector), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("source", "target"), [("cdn", "none"), ("none", "cdn")])
+def test_proposals_bring_their_content_with_and_without_denoising(tmp_path: Path, source: str, target: str) -> None:
+    pure = [*DINO, "query_source.content=memory"]
+    write_ours(tmp_path / "a.pt", [*pure, f"denoising={source}"], FARM)
+    before, after, report = start(tmp_path / "a.pt", [*pure, f"denoising={target}"], FARM, partial=True)
+    assert "content" not in dict(report.rows) and len(report.warnings) == 1 + (source == "cdn" or target == "cdn")
+    if target == "cdn":
+        assert torch.equal(after["denoising.label_embed.weight"], before["denoising.label_embed.weight"])
 
 
 LOST = [
