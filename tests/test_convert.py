@@ -32,6 +32,7 @@ DETR, PLAIN = ["family=detr"], ["family=deformable_detr"]
 TWO_STAGE = ["family=deformable_detr", "decoder=refine", "query_source=proposals"]
 CONDITIONAL, DAB, DN = ["family=conditional_detr"], ["family=dab_detr"], ["family=dn_detr"]
 DN_DEFORMABLE = ["family=dab_deformable_detr", "denoising=dn"]
+DINO, H_DEFORMABLE = ["family=dino"], ["family=h_deformable_detr", "model.num_one_to_many=3"]
 CATEGORIES = [{"id": 3, "name": "boat"}, {"id": 7, "name": "buoy"}, {"id": 17, "name": "cat"}]
 COCO = LabelMap(tuple(range(91)), tuple(f"c{i}" for i in range(91)))
 
@@ -130,6 +131,16 @@ def rebuilt(path: Path) -> Any:
             {"nheads": 8, "pe_temperatureH": 20, "transformer_activation": "relu", "two_stage": False, "scalar": 3},
             "IDEA-Research/DN-DETR",
         ),
+        (
+            [*DINO, "model.stages=[2,3,4,5]", "model.num_levels=5", "position.temperature=10"],
+            {"nheads": 8, "pe_temperatureH": 10, "pe_temperatureW": 10, "use_dn": True, "two_stage_type": "standard"},
+            "IDEA-Research/DINO",
+        ),
+        (
+            H_DEFORMABLE,
+            {"nheads": 8, "num_queries_one2one": 20, "num_queries_one2many": 3, "mixed_selection": True, "topk": 100},
+            "HDETR/H-Deformable-DETR",
+        ),
     ],
 )
 def test_a_converted_file_computes_the_same(
@@ -161,7 +172,7 @@ def test_a_converted_file_evaluates_with_the_right_labels(
     assert detector.heads.class_heads[0].out_features == 91
 
 
-@pytest.mark.parametrize("overrides", [DETR, PLAIN, TWO_STAGE, CONDITIONAL, DAB, DN, DN_DEFORMABLE])
+@pytest.mark.parametrize("overrides", [DETR, PLAIN, TWO_STAGE, CONDITIONAL, DAB, DN, DN_DEFORMABLE, DINO, H_DEFORMABLE])
 def test_there_and_back_keeps_what_is_detected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str]
 ) -> None:
@@ -193,6 +204,42 @@ def test_there_and_back_of_an_official_file_gives_its_bytes(tmp_path: Path, over
         assert main(["convert", str(tmp_path / source), str(tmp_path / target)]) == 0
     first, second = (torch.load(tmp_path / name, weights_only=False)["model"] for name in ("a.pth", "b.pth"))
     assert set(first) == set(second) and all(torch.equal(second[name], value) for name, value in first.items())
+
+
+def test_averaged_weights_are_converted_where_they_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_official(tmp_path / "a.pth", DETR)
+    content = torch.load(tmp_path / "a.pth")
+    torch.save({**content, "ema_model": {k: v + 1 for k, v in content["model"].items()}}, tmp_path / "a.pth")
+    name, official = "decoder.norm.bias", content["model"]["transformer.decoder.norm.bias"]
+    texts = []
+    for words, more in ((["ema=true"], 1), (["ema=false"], 0), ([], 0)):
+        target = tmp_path / f"{len(texts)}.pt"
+        assert main(["convert", str(tmp_path / "a.pth"), str(target), *words]) == 0
+        assert torch.equal(checkpoint.load(target)["model"][name], official + more)
+        texts.append(capsys.readouterr().out)
+    assert "the averaged ones; the file has trained ones, too" in texts[0]
+    assert "the trained ones; the file has averaged ones, too, which ema=true takes" in texts[2]
+    for words, message in (
+        (["ema=maybe"], "ema=maybe: expected true, the averaged weights, or false"),
+        (["ema=true"], "0.pt has no averaged weights"),
+    ):
+        assert main(["convert", str(tmp_path / "0.pt"), str(tmp_path / "b.pth"), *words]) == FAILED
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "b.pth").exists()
+
+
+def test_one_of_our_two_sets_of_weights_goes_to_the_official_file(tmp_path: Path) -> None:
+    write_ours(tmp_path / "a.pt", DETR, COCO)
+    state = checkpoint.load(tmp_path / "a.pt")
+    key = "decoder.norm.bias"
+    averaged = {name: value + 1 for name, value in state["model"].items()}
+    checkpoint.save(tmp_path / "a.pt", {**state, "ema": {"updates": 1, "model": averaged}})
+    for number, (words, more) in enumerate((([], 1), (["ema=true"], 1), (["ema=false"], 0))):
+        assert main(["convert", str(tmp_path / "a.pt"), str(tmp_path / f"{number}.pth"), *words]) == 0
+        written = torch.load(tmp_path / f"{number}.pth", weights_only=True)["model"]
+        assert torch.equal(written["transformer.decoder.norm.bias"], state["model"][key] + more)
 
 
 def test_heads_of_another_data_set_need_its_categories(

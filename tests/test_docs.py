@@ -90,7 +90,7 @@ def test_a_command_makes_a_detector(given):
         assert on_checkpoint
     if name == "convert":  # Two files, and overrides of the config that an official file gets.
         assert len(overrides) >= 2 and not any("=" in word for word in overrides[:2])
-        _, overrides = split_overrides(overrides[2:], ("categories",))
+        _, overrides = split_overrides(overrides[2:], ("categories", "ema"))
     check(on_checkpoint, tuple(overrides))
 
 

@@ -74,6 +74,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.linear1 = nn.Linear(embed_dim, hidden_dim)
         self.activation = activation()
+        if isinstance(self.activation, nn.ReLU):
+            self.activation.inplace = True  # the widest tensor of a layer need not exist twice
         self.dropout = Dropout(dropout)
         self.linear2 = nn.Linear(hidden_dim, embed_dim)
         for linear in (self.linear1, self.linear2):
@@ -107,6 +109,6 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_dim) -> (..., out_dim)"""
         for layer in self.layers[:-1]:
-            x = layer(x).relu()
+            x = layer(x).relu_()
         output: Tensor = self.layers[-1](x)
         return output
