@@ -72,6 +72,7 @@ MARKS = (
     "class_embed.0.weight",
     "label_enc.weight",
 )
+"""Names that every file has, of one and of two stages, with any number of levels."""
 
 LABEL_BOOK = "label_enc.weight"
 """Embedded labels: as many rows as the largest label that anyone thought of, and one more, which nobody reads."""
@@ -93,6 +94,9 @@ _FOREIGN = {
     "transformer.encoder.layers.0.norm_channel.": "attention between channels (add_channel_attention)",
 }
 """Beginnings of names that the official code knows and nothing here does, with what they are of."""
+
+_FEW = 50
+"""Below it, the official ``dn_number`` is half the number of groups, and no longer that of near copies."""
 
 _EXPECTED = {
     "decoder_sa_type": "sa",
@@ -261,9 +265,9 @@ def _denoising(evidence: Evidence) -> dict[str, Any]:
     used = evidence.told("denoising.own_group", "use_dn", True, IN_TRAINING) and number > 0
     if not used:
         evidence.doubts.append(
-            "it was trained with use_dn=False (or dn_number=0), by which the official code lets one group of copies through to the "
-            "matching, answers in hand; denoising.own_group=false stands for that, and a further training with it is "
-            "spoilt, too: for a cure add denoising.own_group=true denoising.num_groups=null"
+            "it was trained with use_dn=False (or dn_number=0), by which the official code lets one group of copies "
+            "through to the matching, answers in hand; denoising.own_group=false stands for that, and a further "
+            "training with it is spoilt, too: for a cure add denoising.own_group=true denoising.num_groups=null"
         )
     few = 2 * number if number < _FEW else None
     return {
@@ -273,10 +277,6 @@ def _denoising(evidence: Evidence) -> dict[str, Any]:
         "denoising.label_noise": 0.5 * evidence.told("denoising.label_noise", "dn_label_noise_ratio", 0.5, IN_TRAINING),
         "denoising.corner_noise": evidence.told("denoising.corner_noise", "dn_box_noise_scale", 1.0, IN_TRAINING),
     }
-
-
-_FEW = 50
-"""Below it, the official ``dn_number`` is half the number of groups, and no longer the number of copies."""
 
 
 def _as_published(fields: Mapping[str, Any]) -> bool:

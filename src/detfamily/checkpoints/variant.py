@@ -126,7 +126,8 @@ def transformer(evidence: Evidence, width: int, queries: int, dropout: float = 0
     }
     for part in ("encoder", "decoder"):
         if (count := fields[f"{part}.num_layers"]) > len(evidence.state):  # names can have any number
-            raise CheckpointError(f"{evidence.source}: it has transformer.{part}.layers.{count - 1}, and not all before")
+            last = f"transformer.{part}.layers.{count - 1}"
+            raise CheckpointError(f"{evidence.source}: it has {last}, and not all before")
     stored = {"hidden_dim": width, "num_queries": queries, "dim_feedforward": fields["model.ffn_dim"]}
     stored |= {"enc_layers": fields["encoder.num_layers"], "dec_layers": fields["decoder.num_layers"]}
     for official, value in stored.items():
