@@ -16,9 +16,9 @@ from torch import Tensor
 
 from detfamily.build import build_detector
 from detfamily.checkpoints import adapter_for
+from detfamily.checkpoints.evidence import Evidence
 from detfamily.checkpoints.official import computation, label_map_for, read_official, to_official, translate
 from detfamily.checkpoints.registry import UPSTREAMS, official_family
-from detfamily.checkpoints.variant import Evidence
 from detfamily.config import compose, to_container
 from detfamily.data.labels import LabelMap
 from detfamily.errors import CheckpointError, ConfigError, DataError

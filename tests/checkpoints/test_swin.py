@@ -13,8 +13,9 @@ from torch import Tensor
 
 from detfamily.backbones.swin import Swin
 from detfamily.checkpoints.adapter import Adapter
+from detfamily.checkpoints.evidence import Evidence
 from detfamily.checkpoints.swin import PREFIXES, SIZES, rules, window_of
-from detfamily.checkpoints.variant import Evidence, backbone
+from detfamily.checkpoints.variant import backbone
 from detfamily.config import build, compose
 from detfamily.errors import CheckpointError
 from detfamily.parity.case import Case

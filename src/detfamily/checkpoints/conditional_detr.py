@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from detfamily.checkpoints.adapter import Adapter, Rename, Rule
 from detfamily.checkpoints.detr import BACKBONE, FFN, POSITION, dense
-from detfamily.checkpoints.variant import Evidence, Variant, backbone, position, transformer
+from detfamily.checkpoints.evidence import Evidence
+from detfamily.checkpoints.variant import Variant, backbone, position, transformer
 from detfamily.detector import Detector
 from detfamily.errors import CheckpointError
 

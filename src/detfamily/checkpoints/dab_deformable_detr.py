@@ -8,7 +8,8 @@ from typing import Any
 from detfamily.checkpoints import deformable_detr
 from detfamily.checkpoints.adapter import Adapter, Rename
 from detfamily.checkpoints.dab_detr import anchor_fields, anchor_settings, anchors
-from detfamily.checkpoints.variant import Evidence, Variant, backbone, position
+from detfamily.checkpoints.evidence import Evidence
+from detfamily.checkpoints.variant import Variant, backbone, position
 from detfamily.detector import Detector
 from detfamily.errors import CheckpointError
 

@@ -17,7 +17,8 @@ from detfamily.blocks.references import LearnedReference
 from detfamily.checkpoints import detr
 from detfamily.checkpoints.adapter import Adapter, Join, Rename, Rule
 from detfamily.checkpoints.conditional_detr import CONDITIONAL_LAYERS
-from detfamily.checkpoints.variant import IN_TRAINING, Evidence, Variant, backbone, position, transformer
+from detfamily.checkpoints.evidence import Evidence
+from detfamily.checkpoints.variant import IN_TRAINING, Variant, backbone, position, transformer
 from detfamily.detector import Detector
 from detfamily.errors import CheckpointError
 

@@ -13,7 +13,8 @@ from detfamily.blocks.proposals import ProposalQueries
 from detfamily.checkpoints import detr
 from detfamily.checkpoints.adapter import Adapter, Join, Rename, Rule
 from detfamily.checkpoints.detr import BACKBONE, FFN, POSITION, dense
-from detfamily.checkpoints.variant import Evidence, Variant, backbone, position, transformer
+from detfamily.checkpoints.evidence import Evidence
+from detfamily.checkpoints.variant import Variant, backbone, position, transformer
 from detfamily.detector import Detector
 from detfamily.errors import CheckpointError
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from detfamily.checkpoints.adapter import Adapter, Rename
-from detfamily.checkpoints.variant import Evidence, Variant, backbone, position, transformer
+from detfamily.checkpoints.evidence import Evidence
+from detfamily.checkpoints.variant import Variant, backbone, position, transformer
 from detfamily.detector import Detector
 
 _ENCODER, _DECODER = "transformer.encoder.layers.{n}.", "transformer.decoder.layers.{n}."

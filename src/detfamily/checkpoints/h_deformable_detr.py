@@ -13,7 +13,8 @@ from detfamily.backbones.swin import Swin
 from detfamily.blocks.proposals import ProposalQueries
 from detfamily.checkpoints import deformable_detr, swin
 from detfamily.checkpoints.adapter import Adapter, Rename
-from detfamily.checkpoints.variant import IN_TRAINING, Evidence, Variant, backbone, position
+from detfamily.checkpoints.evidence import Evidence
+from detfamily.checkpoints.variant import IN_TRAINING, Variant, backbone, position
 from detfamily.detector import Detector
 from detfamily.errors import CheckpointError
 

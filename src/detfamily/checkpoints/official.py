@@ -17,8 +17,9 @@ from detfamily.build import build_detector, with_num_classes
 from detfamily.checkpoints.adapter import Adapter, listed
 from detfamily.checkpoints.classes import is_class_row, is_first_row_special, move_rows, say_object
 from detfamily.checkpoints.coco_classes import COLUMNS, coco_label_map
+from detfamily.checkpoints.evidence import Evidence
 from detfamily.checkpoints.registry import UPSTREAMS, official_family, recognise, upstream_for
-from detfamily.checkpoints.variant import Evidence, Variant, as_override, columns
+from detfamily.checkpoints.variant import Variant, as_override, columns
 from detfamily.config import compose, to_container, validate
 from detfamily.data.labels import LabelMap
 from detfamily.errors import CheckpointError, ConfigError, DataError

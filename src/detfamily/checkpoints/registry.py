@@ -17,7 +17,8 @@ from detfamily.checkpoints import (
     h_deformable_detr,
 )
 from detfamily.checkpoints.adapter import Adapter, listed
-from detfamily.checkpoints.variant import Evidence, Variant
+from detfamily.checkpoints.evidence import Evidence
+from detfamily.checkpoints.variant import Variant
 from detfamily.detector import Detector
 from detfamily.errors import CheckpointError, nearest
 

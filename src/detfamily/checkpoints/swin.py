@@ -8,16 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from detfamily.attention.window import relative_positions
 from detfamily.checkpoints.adapter import Rename
+from detfamily.checkpoints.evidence import Evidence
 from detfamily.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from detfamily.checkpoints.variant import Evidence
 
 PREFIXES = ("backbone.0.", "backbone.0.body.")
 """Where detectors have it: DINO, H-Deformable-DETR."""
