@@ -176,7 +176,8 @@ def test_images_of_any_size(predictors: Callable[..., Predictor], size: tuple[in
         predictor = predictors(family, *overrides)
         image = photo(*size)
         if family == "two_stages" and not resized and max(size) < 10:
-            with pytest.raises(DataError, match=rf"an image of {size[1]}x{size[0]} pixels: model\.num_queries=12 proposals"):
+            words = rf"an image of {size[1]}x{size[0]} pixels: model\.num_queries=12 proposals"
+            with pytest.raises(DataError, match=words):
                 predictor.predict(image)
             continue
         found = predictor.predict(image)
