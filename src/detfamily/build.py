@@ -118,16 +118,13 @@ def check_blocks(detector: Detector) -> None:
             "layers would all answer relative to the raw proposals): two stages need decoder=refine"
         )
     if isinstance(source, ProposalQueries):
-        heads, missing = detector.heads, []
-        if source.class_head is None and not heads.shared:
-            missing.append("class_head")
-        if source.box_head is None and not heads.shared_boxes:
-            missing.append("box_head")
-        if missing:
-            raise ConfigError(
-                f"query_source.{missing[0]}=null lets proposals use the decoder's head, and here every decoder layer "
-                "has its own: use decoder=refine_shared, or leave the proposals their own"
-            )
+        shared = {"class_head": detector.heads.shared, "box_head": detector.heads.shared_boxes}
+        for name, one_for_all in shared.items():
+            if getattr(source, name) is None and not one_for_all:
+                raise ConfigError(
+                    f"query_source.{name}=null lets proposals use the decoder's head, and here every decoder layer has "
+                    "its own: use decoder=refine_shared, or leave the proposals their own"
+                )
     if source.num_one_to_many and cast("Patterns", detector.patterns).num_patterns:
         raise ConfigError(
             "one_to_many=hybrid and patterns multiply queries in two ways that do not go together: add "

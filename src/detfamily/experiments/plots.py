@@ -36,7 +36,8 @@ def plot_differences(found: Mapping[str, Difference], published: Mapping[str, fl
     axes.axvline(0, color="0.5", linewidth=1)
     axes.set_yticks(range(len(found)), list(found))
     axes.set_ylim(len(found) - 0.5, -0.5)
-    axes.set_xlabel("AP minus the baseline's, points (bars: 95 % interval of the mean)")
+    # of the whole figure: beside long labels of rows the axes are narrower than these words
+    figure.supxlabel("AP minus the baseline's, points (bars: 95 % interval of the mean)", fontsize="medium")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="best", fontsize=8)
     _save(figure, path)

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from detfamily.blocks.denoising import Denoising
-from detfamily.parity.case import Case
 from detfamily.structures import Queries, Targets
 
 
-def expected(case: Case) -> dict[str, tuple[Tensor, str]]:
-    """What is made of the draws is to be compared, too, though a check might as well be given it."""
-    return {
-        key: (value, "output")
-        for key, value in case.io.items()
-        if re.search(r"(^|\.)cdn\.", key) and not re.search(r"(^|\.)cdn\.draw\.", key)
-    }
-
-
-def overrides(case: Case, settings: dict[str, object]) -> list[str]:
+def overrides(settings: Mapping[str, Any]) -> list[str]:
     """The official settings of noise in our words; without the bound that the official code has not."""
-    twice = 2 * int(str(settings["dn_number"]))
+    twice = 2 * settings["dn_number"]
     groups: int | str = "null" if twice >= 100 else max(1, twice)
     return [
         "denoising=cdn",
         f"denoising.num_queries={max(1, twice)}",
         f"denoising.num_groups={groups}",  # few numbers are taken as groups there, whatever the objects are
-        f"denoising.label_noise={0.5 * float(str(settings['dn_label_noise_ratio']))}",
+        f"denoising.label_noise={0.5 * settings['dn_label_noise_ratio']}",
         f"denoising.corner_noise={settings['dn_box_noise_scale']}",
         "denoising.max_queries=1000000",
     ]

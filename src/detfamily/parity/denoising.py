@@ -69,7 +69,7 @@ def expected(case: Case) -> dict[str, tuple[Tensor, str]]:
     return {
         key: (value, "output")
         for key, value in case.io.items()
-        if re.search(r"(^|\.)dn\.", key) and not re.search(r"(^|\.)dn\.rand_", key)
+        if re.search(r"(^|\.)c?dn\.", key) and not re.search(r"(^|\.)(dn\.rand_|cdn\.draw\.)", key)
     }
 
 

@@ -177,6 +177,8 @@ def _all_parts(
     criterion: Criterion, predictions: dict[str, Predictions], targets: Targets, losses: Losses
 ) -> dict[str, Tensor]:
     """All losses of all layers, also those that have no weight here: official code may compute them all the same."""
+    if criterion.aux_loss and not any(rule.left_out for rule in criterion.groups.values()):
+        return losses.parts
     everything = copy.copy(criterion)
     everything.aux_loss = True
     everything.groups = {name: copy.copy(rule) for name, rule in criterion.groups.items()}

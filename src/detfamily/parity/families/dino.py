@@ -17,7 +17,7 @@ from detfamily.parity.families import deformable_detr
 from detfamily.parity.families.dab_detr import norm_after_encoder
 from detfamily.structures import Targets
 
-expected = contrastive.expected
+expected = denoising.expected
 
 
 def results(case: Case) -> dict[str, Tensor]:
@@ -49,7 +49,7 @@ def overrides(case: Case) -> list[str]:
         f"ffn.activation._target_=torch.nn.{ACTIVATIONS[args.get('transformer_activation', 'relu')]}",
         *_selection(args),
         *_heads(args),
-        *contrastive.overrides(case, args),
+        *contrastive.overrides(args),
         *([] if args["use_dn"] and args["dn_number"] else ["denoising.num_groups=1", "denoising.own_group=false"]),
         f"decoder.look_forward={str(not args.get('use_detached_boxes_dec_out', False)).lower()}",
         f"criterion.groups.proposals.weight={args['interm_loss_coef']}",
@@ -96,7 +96,7 @@ def _noise_alone(case: Case) -> dict[str, Tensor]:
             "dn_box_noise_scale": stated["box_noise_scale"],
         }
         width = f"model.embed_dim={case.info['args']['hidden_dim']}"
-        cfg = compose("train", ["family=dino", "data.root=.", width, *contrastive.overrides(case, settings)])
+        cfg = compose("train", ["family=dino", "data.root=.", width, *contrastive.overrides(settings)])
         module: Denoising = build(with_num_classes(cfg, case.info["num_classes"]).denoising)(
             fills_content=False, needs_pos=False, reference_dim=4
         )
