@@ -93,7 +93,7 @@ def test_each_token_and_its_window(size: tuple[int, int], window_size: int, shif
     x = torch.randn(2, *size, 6, dtype=torch.float64)
     with torch.no_grad():
         expected = by_loops(module, x)
-    torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(module.on_map(x), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("settings", [{"qkv_bias": False}, {"position_bias": False}])
@@ -102,7 +102,7 @@ def test_without_biases(settings: dict[str, bool], shift: int) -> None:
     module = attention(3, shift, **settings)
     x = torch.randn(2, 5, 7, 6, dtype=torch.float64)
     with torch.no_grad():
-        torch.testing.assert_close(module(x), by_loops(module, x), rtol=0, atol=1e-12)
+        torch.testing.assert_close(module.on_map(x), by_loops(module, x), rtol=0, atol=1e-12)
 
 
 def test_gradients() -> None:
@@ -110,7 +110,7 @@ def test_gradients() -> None:
     x = torch.randn(1, 4, 5, 2, dtype=torch.float64, requires_grad=True)
     leaves = [x, *module.parameters()]
     weights = torch.randn(1, 4, 5, 2, dtype=torch.float64)
-    ours = torch.autograd.grad((module(x) * weights).sum(), leaves)
+    ours = torch.autograd.grad((module.on_map(x) * weights).sum(), leaves)
     expected = torch.autograd.grad((by_loops(module, x) * weights).sum(), leaves)
     for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
@@ -125,9 +125,9 @@ def test_what_the_shift_wraps_is_apart_by_a_hundred_and_not_by_infinity() -> Non
         module.position_bias.zero_()
         # in the rolled map the first rows come behind the last: 3 places further, which nobody else is in this window
         last = relative_positions(4)[15, 0]
-        before = module(x)[0, 1, 1]
+        before = module.on_map(x)[0, 1, 1]
         module.position_bias[last] = 300.0
-        after = module(x)[0, 1, 1]
+        after = module.on_map(x)[0, 1, 1]
         value = module.proj(module.qkv(x[0, 6, 6])[12:])
     assert not torch.allclose(before, after)
     torch.testing.assert_close(after, value, rtol=0, atol=1e-9)
@@ -147,7 +147,7 @@ def test_hidden_tokens_are_as_if_they_were_not_there(shift: int, position_bias: 
     mask = hidden_at(7, 8, (7, 5), (4, 8))
     x = torch.randn(2, 7, 8, 6, dtype=torch.float64)
     with torch.no_grad():
-        found, expected = module(x, mask), by_loops(module, x, mask)
+        found, expected = module.on_map(x, padding_mask=mask), by_loops(module, x, mask)
     torch.testing.assert_close(found[~mask], expected[~mask], rtol=0, atol=1e-12)
 
 
@@ -159,9 +159,11 @@ def test_garbage_in_the_padding_changes_nothing(shift: int) -> None:
     other = torch.where(mask[..., None], 1e6 * torch.randn_like(x), x)
     for context in (torch.no_grad(), torch.enable_grad()):
         with context:
-            assert torch.equal(module(x, mask)[~mask], module(other, mask)[~mask])
+            assert torch.equal(
+                module.on_map(x, padding_mask=mask)[~mask], module.on_map(other, padding_mask=mask)[~mask]
+            )
     other.requires_grad_()
-    (gradient,) = torch.autograd.grad(module(other, mask)[~mask].square().sum(), other)
+    (gradient,) = torch.autograd.grad(module.on_map(other, padding_mask=mask)[~mask].square().sum(), other)
     assert bool((gradient[mask] == 0).all()) and bool(gradient[~mask].any())
 
 
@@ -170,8 +172,8 @@ def test_more_padding_changes_nothing() -> None:
     x = torch.randn(1, 5, 6, 6, dtype=torch.float64)
     larger = torch.randn(1, 11, 9, 6, dtype=torch.float64)
     larger[:, :5, :6] = x
-    small = module(x, torch.zeros(1, 5, 6, dtype=torch.bool))
-    large = module(larger, hidden_at(11, 9, (5, 6)))
+    small = module.on_map(x, padding_mask=torch.zeros(1, 5, 6, dtype=torch.bool))
+    large = module.on_map(larger, padding_mask=hidden_at(11, 9, (5, 6)))
     torch.testing.assert_close(large[:, :5, :6], small, rtol=0, atol=1e-12)
 
 
@@ -179,7 +181,7 @@ def test_more_padding_changes_nothing() -> None:
 def test_windows_of_nothing_but_padding_give_numbers(dtype: torch.dtype) -> None:
     module = attention(3, 1).to(dtype)
     x = torch.randn(1, 9, 9, 6, dtype=dtype, requires_grad=True)
-    out = module(x, torch.ones(1, 9, 9, dtype=torch.bool))
+    out = module.on_map(x, padding_mask=torch.ones(1, 9, 9, dtype=torch.bool))
     (gradient,) = torch.autograd.grad(out.float().sum(), x)
     assert bool(out.isfinite().all()) and bool(gradient.isfinite().all())
 
@@ -188,9 +190,9 @@ def test_sixteen_bits() -> None:
     module = attention(3, 1, embed_dim=16).float()
     x = torch.randn(2, 5, 7, 16)
     mask = hidden_at(5, 7, (5, 7), (3, 4))
-    expected = module(x, mask)[~mask].detach()
+    expected = module.on_map(x, padding_mask=mask)[~mask].detach()
     with torch.autocast("cpu", torch.bfloat16):
-        found = module(x, mask)[~mask]
+        found = module.on_map(x, padding_mask=mask)[~mask]
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.03 * float(expected.abs().max()))
 
@@ -200,10 +202,10 @@ def test_an_evaluation_does_not_spoil_the_training_after_it() -> None:
     module = attention(3, 1)
     x = torch.randn(1, 10, 11, 6, dtype=torch.float64)
     with torch.inference_mode():
-        expected = module(x)
-    module(x).sum().backward()
+        expected = module.on_map(x)
+    module.on_map(x).sum().backward()
     assert module.qkv.weight.grad is not None
-    torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(module.on_map(x), expected, rtol=0, atol=1e-12)
     assert windows_of((10, 11), 3, 1, x.device) is windows_of((10, 11), 3, 1, x.device)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -31,9 +32,9 @@ OFFICIAL = {  # and PyTorch's
 }
 
 
-def layer(pre_norm: bool = False, ffn: bool = True) -> EncoderLayer:
+def layer(pre_norm: bool = False, ffn: bool = True, attention: Callable[[], nn.Module] = ATTENTION) -> EncoderLayer:
     residual = partial(PreNorm if pre_norm else PostNorm, WIDTH)
-    return EncoderLayer(ATTENTION, FFN if ffn else None, residual)
+    return EncoderLayer(attention, FFN if ffn else None, residual)
 
 
 def tokens(pos: bool = True) -> Tokens:
@@ -86,13 +87,13 @@ def test_without_ffn_its_residual_is_gone_too() -> None:
 
 def test_no_layers_change_nothing() -> None:
     given = tokens()
-    output = Encoder(layer, 0, nn.Identity())(given)
+    output = Encoder(layer, ATTENTION, 0, nn.Identity())(given)
     assert torch.equal(output.content, given.content)
-    assert not list(Encoder(layer, 0, nn.Identity()).parameters())
+    assert not list(Encoder(layer, ATTENTION, 0, nn.Identity()).parameters())
 
 
 def test_layers_one_after_another_keep_position_and_geometry() -> None:
-    encoder = Encoder(layer, 3, nn.LayerNorm(WIDTH))
+    encoder = Encoder(layer, ATTENTION, 3, nn.LayerNorm(WIDTH))
     given = tokens()
     x: Tensor = given.content
     for one in encoder.layers:
@@ -106,7 +107,7 @@ def test_layers_one_after_another_keep_position_and_geometry() -> None:
 def test_positions_are_scaled_by_what_each_layers_input_says() -> None:
     """The official DAB-DETR: before every layer, the first one, too; the positions themselves stay."""
     torch.manual_seed(0)
-    encoder, given = Encoder(layer, 3, nn.LayerNorm(WIDTH), pos_scale=nn.Linear(WIDTH, WIDTH)), tokens()
+    encoder, given = Encoder(layer, ATTENTION, 3, nn.LayerNorm(WIDTH), pos_scale=nn.Linear(WIDTH, WIDTH)), tokens()
     assert encoder.pos_scale is not None and given.pos is not None
     x: Tensor = given.content
     for one in encoder.layers:
@@ -119,7 +120,7 @@ def test_positions_are_scaled_by_what_each_layers_input_says() -> None:
 
 
 def test_without_positions_there_is_nothing_to_scale() -> None:
-    encoder, given = Encoder(layer, 1, nn.Identity(), pos_scale=nn.Linear(WIDTH, WIDTH)), tokens(pos=False)
+    encoder, given = Encoder(layer, ATTENTION, 1, nn.Identity(), pos_scale=nn.Linear(WIDTH, WIDTH)), tokens(pos=False)
     torch.testing.assert_close(encoder(given).content, encoder.layers[0](given))
 
 
@@ -133,10 +134,10 @@ def test_official_encoder_with_scaled_positions(goldens: Path, family: str) -> N
     encoder = Encoder(
         partial(
             EncoderLayer,
-            partial(DenseAttention, 64, 8),
-            partial(FeedForward, 64, hidden, nn.PReLU),
-            partial(PostNorm, 64),
+            ffn=partial(FeedForward, 64, hidden, nn.PReLU),
+            residual=partial(PostNorm, 64),
         ),
+        partial(DenseAttention, 64, 8),
         2,
         nn.Identity(),
         pos_scale=MLP(64, 64, 64, 2),

@@ -4,7 +4,8 @@ Every attention is called as ``attention(query: Tokens, source: Tokens, attentio
 token of ``query``, what it reads from ``source``. In an encoder both are the tokens of the feature maps, in a decoder's
 self-attention both are the object queries, in its cross-attention the queries read from the maps.
 
-Window attention alone takes a map, (B, h, w, C) -> (B, h, w, C): it needs to know which tokens are neighbours.
+A ``MapAttention`` needs to know which tokens are neighbours, so it is for the tokens of feature maps alone; backbones
+call its ``on_map``, (B, h, w, C) -> (B, h, w, C).
 
 A cross-attention with ``reads_sine = True`` compares the queries' ``sine`` code; ``needs_reference_points = True`` says
 that it samples around their references.
@@ -17,6 +18,7 @@ from detfamily.attention.conditional import (
     SplitDenseAttention,
 )
 from detfamily.attention.dense import DenseAttention
+from detfamily.attention.maps import MapAttention
 from detfamily.attention.ms_deform import MSDeformAttention, OwnLevelDeformAttention
 from detfamily.attention.window import WindowAttention
 
@@ -25,6 +27,7 @@ __all__ = [
     "DenseAttention",
     "LevelConditionalAttention",
     "MSDeformAttention",
+    "MapAttention",
     "OwnLevelDeformAttention",
     "RescaledSine",
     "SplitDenseAttention",

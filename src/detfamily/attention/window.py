@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from detfamily.attention.dense import check_heads
+from detfamily.attention.maps import MapAttention, project_qkv
 from detfamily.structures import Size
 
 APART = -100.0
@@ -18,7 +19,7 @@ APART = -100.0
 logits lie further apart than that, such tokens do look at each other."""
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(MapAttention):
     """Each token of a map looks at the tokens of its window (section 3.2).
 
     Windows tile the map from its upper left corner, or from ``shift`` tokens to the lower right of it; the tokens
@@ -69,23 +70,15 @@ class WindowAttention(nn.Module):
         if self.position_bias is not None:
             nn.init.trunc_normal_(self.position_bias, std=0.02)
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """(B, h, w, C) -> (B, h, w, C)
-
-        Args:
-            x: tokens of one map, of any size.
-            padding_mask: (B, h, w) bool, True at tokens that nobody may look at: what they hold, as long as it is
-                finite, changes nothing for the others. Without one, nothing is hidden.
-        """
-        batch, h, w, _ = x.shape
+    def on_map(self, x: Tensor, pos: Tensor | None = None, padding_mask: Tensor | None = None) -> Tensor:
+        """(B, h, w, C) -> (B, h, w, C), for a map of any size."""
+        batch, h, w, width = x.shape
         windows = windows_of((h, w), self.window_size, self.shift, x.device)
-        tokens = x.flatten(1, 2)
-        if windows.overhang:
-            tokens = F.pad(tokens, (0, 0, 0, 1))  # one zero for all places beyond the map
         # Projected before it is cut into windows: what lies beyond the map then costs one token, and everything that
         # moves tokens (shift, padding, windows) is one copy.
-        qkv = self.qkv(tokens).index_select(1, windows.tokens)
-        qkv = qkv.view(-1, self.window_size**2, 3, self.num_heads, x.shape[-1] // self.num_heads)
+        qkv = project_qkv(self.qkv, _padded(x, windows), None if pos is None else _padded(pos, windows))
+        qkv = qkv.index_select(1, windows.tokens)
+        qkv = qkv.view(-1, self.window_size**2, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
         out = _attend(q, k, v, self._added(windows, batch, q.dtype, padding_mask))
         projected: Tensor = self.proj(out.reshape(batch, len(windows.tokens), -1).index_select(1, windows.places))
@@ -109,6 +102,12 @@ class WindowAttention(nn.Module):
         added = torch.zeros((), dtype=dtype, device=hidden.device) if added is None else added
         # finite, so that a window of nothing but padding gives numbers; half, so that logits do not make it infinite
         return added.masked_fill(hidden, torch.finfo(dtype).min / 2)
+
+
+def _padded(x: Tensor, windows: Windows) -> Tensor:
+    """(B, h * w, C) tokens, and one zero for all places beyond the map where there are any."""
+    tokens = x.flatten(1, 2)
+    return F.pad(tokens, (0, 0, 0, 1)) if windows.overhang else tokens
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None) -> Tensor:

@@ -181,7 +181,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, h, w, C) -> (B, h, w, C)"""
-        x = x + self.drop_path(self.attention(self.attention_norm(x)))
+        x = x + self.drop_path(self.attention.on_map(self.attention_norm(x)))
         output: Tensor = x + self.drop_path(self.ffn(self.ffn_norm(x)))
         return output
 

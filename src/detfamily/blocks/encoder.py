@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -47,18 +47,35 @@ class Encoder(nn.Module):
     """A stack of layers; none at all is allowed (DETR, table 2).
 
     Args:
-        layer: factory of one layer.
+        layer: factory of one layer, called with ``attention``.
+        attention: factory of the layers' attention; or several, one for each layer in turn, from the start again where
+            there are more layers.
         num_layers: how many.
         norm: what the last layer's output goes through; a LayerNorm where layers are pre-norm.
         pos_scale: (B, S, C) -> (B, S, C), from a layer's input what its positions are multiplied by (DAB-DETR's
             official code); None leaves them as they are.
+
+    Raises:
+        ValueError: the layers are no multiple of the attentions.
     """
 
     def __init__(
-        self, layer: Callable[[], nn.Module], num_layers: int, norm: nn.Module, pos_scale: nn.Module | None = None
+        self,
+        layer: Callable[..., nn.Module],
+        attention: Callable[..., nn.Module] | Sequence[Callable[..., nn.Module]],
+        num_layers: int,
+        norm: nn.Module,
+        pos_scale: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layer() for _ in range(num_layers))
+        attentions = [attention] if callable(attention) else list(attention)
+        if not attentions or num_layers % len(attentions):
+            raise ValueError(
+                f"encoder_attention lists {len(attentions)} attentions for encoder.num_layers={num_layers}: expected "
+                "one for each layer, or as many as divide their number, to be repeated"
+            )
+        repeats = num_layers // len(attentions)
+        self.layers = nn.ModuleList(layer(attention=one) for one in attentions * repeats)
         self.norm = norm
         self.pos_scale = pos_scale
 

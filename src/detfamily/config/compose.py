@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +26,9 @@ from detfamily.errors import ConfigError, nearest
 
 PRESETS = ("family", "experiment", "local")
 """Groups whose choices only set what others declare: a field that they would add is a typo."""
+
+LISTS = ("encoder_attention",)
+"""Groups of which a list may be chosen, ``group=[a,b,a]``: the config then holds a list of their choices."""
 
 
 class _Part(NamedTuple):
@@ -61,15 +65,31 @@ def compose(config_name: str, overrides: Sequence[str] = (), configs: Path | Non
     read_yaml(folder / f"{config_name}.yaml")
     registry = groups(folder)
     parsed = [read_override(text, registry) for text in overrides]
-    chosen = tuple(choice(one, registry, folder) for one in parsed if chooses(one, registry))
-    composed, schema = _compose_groups(folder, config_name, chosen, stamps(folder))
+    chosen = [choice(one, registry, folder) for one in parsed if chooses(one, registry)]
+    lists = {one.key_or_group: one.value() for one in parsed if chooses(one, registry) and _lists(one)}
+    composed, schema = _compose_groups(folder, config_name, _one_each(chosen, lists), stamps(folder))
     cfg = copy.deepcopy(composed)
+    for group, names in lists.items():
+        alone = (_one_each(chosen, {**lists, group: [name]}) for name in names)
+        items = [_compose_groups(folder, config_name, one, stamps(folder))[0][group] for one in alone]
+        OmegaConf.update(cfg, group, [as_written(one) for one in items], merge=False)
     for one in parsed:
         if not chooses(one, registry):
             set_field(cfg, schema, one, registry)
     raise_all(Problem(key, f"is missing: pass {dotted(key)}=...") for key, v in walk(as_written(cfg)) if v == MISSING)
     to_container(cfg)  # Follows every interpolation once, so that none fails in the middle of a run.
     return cfg
+
+
+def _lists(one: Override) -> bool:
+    """Whether an override of a group chooses a list, to be kept as a list."""
+    return one.key_or_group in LISTS and isinstance(one.value(), list)
+
+
+def _one_each(chosen: Sequence[str], lists: Mapping[str, Sequence[Any]]) -> tuple[str, ...]:
+    """Overrides of groups, with the first choice alone where a list is chosen: what Hydra can compose."""
+    heads = ((line, line.partition("=")[0]) for line in chosen)
+    return tuple(f"{group}='{lists[group][0]}'" if group in lists else line for line, group in heads)
 
 
 @functools.lru_cache(maxsize=32)
