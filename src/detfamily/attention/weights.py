@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from detfamily.structures import Tokens
 
@@ -25,6 +25,21 @@ def weights_of(mix: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
         values = values.detach().requires_grad_()
         (weights,) = torch.autograd.grad(mix(values).sum(), values)
     return weights
+
+
+class ZeroValues(nn.Module):
+    """Stands in for the projection of values: gives zeros, whose gradient is asked for later.
+
+    Attributes:
+        given: what it gave.
+    """
+
+    given: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)"""
+        self.given = torch.zeros_like(x, requires_grad=True)
+        return self.given
 
 
 def token_at(tokens: Tokens, index: int) -> Tokens:

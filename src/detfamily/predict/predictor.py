@@ -139,7 +139,7 @@ class Predictor:
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             if not whole and (name == "batch_size" or value is not None):
                 raise ConfigError(f"{name}={value!r}: expected a whole number of 1 or more")
-        self.names = {label: name for label, name in enumerate(self.label_map.names) if name is not None}
+        self.names = self.label_map.by_label()
 
     @overload
     def predict(  # type: ignore[overload-overlap]  # a path, an array and a tensor are iterable, too

@@ -49,7 +49,7 @@ class Subject:
 
 
 def panels(
-    rows: int, columns: int, pixels: Tensor, title: str, side: float = 2.9, legend: float = 0.0
+    rows: int, columns: int, pixels: Tensor, title: str, side: float = 2.6, legend: float = 0.0
 ) -> tuple[Figure, list[list[Axes]]]:
     """A figure with equal panels for an image.
 
@@ -63,7 +63,7 @@ def panels(
     """
     height, width = pixels.shape[1:]
     scale = side / max(height, width)
-    size = (max(columns * (width * scale + 0.12), 4.2), rows * (height * scale + 0.3) + 0.4 + legend)
+    size = (max(columns * (width * scale + 0.12), 4.2), rows * height * scale + 0.55 + 0.05 * rows + legend)
     figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03)  # type: ignore[union-attr, call-arg]
     figure.suptitle(title, fontsize=_TEXT + 1, wrap=True)
@@ -100,7 +100,7 @@ def surroundings(points: Tensor, pixels: Tensor) -> tuple[float, float, float, f
     height, width = pixels.shape[1:]
     inside = points.clamp(0, 1) * torch.tensor([width, height])
     low, high = inside.amin(0), inside.amax(0)
-    side = float(max((high - low).max() * (1 + 2 * _MARGIN), _LEAST * min(height, width)))
+    side = max(float((high - low).max()) * (1 + 2 * _MARGIN), _LEAST * min(height, width))
     x, y = ((low + high) / 2).tolist()
     return x - side / 2, y - side / 2, x + side / 2, y + side / 2
 
@@ -136,7 +136,7 @@ def mark_place(axes: Axes, place: Sequence[float], pixels: Tensor) -> None:
     )
 
 
-def legend_below(axes: Axes, handles: Sequence[object], columns: int) -> None:
+def legend_below(axes: Axes, handles: Sequence[Line2D], columns: int) -> None:
     """A legend under a panel."""
     axes.legend(
         handles=list(handles),

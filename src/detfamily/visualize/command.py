@@ -7,11 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from detfamily.build import build_detector
 from detfamily.data.batches import collate
@@ -19,14 +18,13 @@ from detfamily.data.images import read_image
 from detfamily.detector import Detector
 from detfamily.engine.checkpoint import require
 from detfamily.errors import ConfigError, DetfamilyError
-from detfamily.files import write_atomically
 from detfamily.predict.command import BROKEN, new_folder, own_fields
 from detfamily.predict.restore import Restored, as_sample, restore
 from detfamily.predict.sources import Source, find_images
 from detfamily.tracking.console import ProgressBar
 from detfamily.visualize.explain import Request, explain
 from detfamily.visualize.look import look_at
-from detfamily.visualize.sheet import contact_sheet
+from detfamily.visualize.sheet import contact_sheet, save
 
 DEFAULTS: dict[str, Any] = {
     "checkpoint": None,
@@ -150,18 +148,12 @@ def _draw_image(
 ) -> None:
     images = collate([as_sample(pixels, restored.transform)]).images.to(restored.device)
     looks = {state: look_at(detector, images) for state, detector in detectors.items()}
-    names = {label: name for label, name in enumerate(restored.label_map.names) if name is not None}
+    names = restored.label_map.by_label()
     drawn = []
-    for name, picture in explain(pixels, looks, request, restored.postprocess.scores, names):
+    for name, picture in explain(pixels, looks, request, cast("nn.Module", restored.postprocess.scores), names):
         save(picture, folder / f"{name}.png")
         drawn.append(picture)
     save(contact_sheet(drawn), folder / SHEET)
-
-
-def save(picture: Image.Image, path: Path) -> None:
-    """Write a PNG or a JPEG, as its name says, whole or not at all."""
-    kind = "JPEG" if path.suffix == ".jpg" else "PNG"
-    write_atomically(path, lambda file: picture.save(file, format=kind, quality=90))
 
 
 def _at_place(request: Request, place: Any, pixels: Tensor) -> Request:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from detfamily.errors import ConfigError, nearest
 from detfamily.structures import Predictions
 from detfamily.visualize.canvas import Subject
 from detfamily.visualize.heat import Weighed, draw_heat
+from detfamily.visualize.keys import Moved, draw_keys
 from detfamily.visualize.look import BACKBONE, CROSS, ENCODER, SELF, Layer, Look
 from detfamily.visualize.refinement import Steps, draw_refinement
 from detfamily.visualize.relations import Related, draw_relations
@@ -50,20 +51,23 @@ class Request:
     place: tuple[float, float] | None = None
     level: int = 0
 
-    def kinds(self, look: Look) -> list[str]:
-        """What is drawn of this detector.
+    def kinds(self, places: Collection[str]) -> list[str]:
+        """What is drawn of a detector with attentions in these places.
 
         Raises:
             ConfigError: something is not known, or this detector does not have it.
         """
-        there = [kind for kind in KINDS if kind == BOXES or kind in look.layers]
+        there = [kind for kind in KINDS if kind == BOXES or kind in places]
         if self.what is None:
             return there
         for kind in self.what:
             if kind not in KINDS:
                 raise ConfigError(f"what={kind!r}: {nearest(str(kind), KINDS)}")
             if kind not in there:
-                raise ConfigError(f"what={kind}: this detector has no attention there; there is {', '.join(there)}")
+                raise ConfigError(
+                    f"what={kind}: this detector has no attention there that could be drawn; there is "
+                    + ", ".join(there)
+                )
         return list(self.what)
 
     def layers(self, kind: str, look: Look) -> list[int]:
@@ -167,10 +171,11 @@ def explain(
     """
     first = next(iter(looks.values()))
     queries, places = subjects_of(request, first, scores, names)
-    plan = [(kind, number) for kind in request.kinds(first) if kind != BOXES for number in request.layers(kind, first)]
+    kinds = request.kinds(first.layers)
+    plan = [(kind, number) for kind in kinds if kind != BOXES for number in request.layers(kind, first)]
     for kind, number in plan:
         request.token_level(kind, first.layers[kind][number])
-    if BOXES in request.kinds(first) and queries:
+    if BOXES in kinds and queries:
         yield BOXES, draw_refinement(pixels, [_steps(first, one, scores) for one in queries], _TITLES[BOXES])
     for kind, number in plan:
         for subject in queries if kind in (SELF, CROSS) else places:
@@ -221,17 +226,20 @@ def _draw_reading(
     pixels: Tensor, states: Mapping[str, Layer], index: int, subject: Subject, kind: str, title: str
 ) -> Image.Image:
     first = next(iter(states))
-    sampled, weighed = {}, {}
+    sampled, moved, weighed = {}, {}, {}
     for name, layer in states.items():
         reference = layer.center(index) if kind != CROSS else _reference(layer, index)
         box = subject.box if kind != CROSS or name == first else None
-        sampling = layer.sampling(index)
-        if sampling is not None:
+        if sampling := layer.sampling(index):
             assert reference is not None
             sampled[name] = Sampled(sampling, reference, box)
+        elif keys := layer.keys(index):
+            moved[name] = Moved(keys, layer.center(index), box)
         else:
             weighed[name] = Weighed(layer.heat(index), reference, box)
-    return draw_sampling(pixels, sampled, title) if sampled else draw_heat(pixels, weighed, title)
+    if sampled:
+        return draw_sampling(pixels, sampled, title)
+    return draw_keys(pixels, moved, title) if moved else draw_heat(pixels, weighed, title)
 
 
 def _reference(layer: Layer, index: int) -> Any:

@@ -48,7 +48,8 @@ def draw_heat(pixels: Tensor, states: Mapping[str, Weighed], title: str) -> Imag
     most = max(len(one) for one in maps.values())
     columns = min(_COLUMNS, most)
     rows_each = -(-most // columns)
-    figure, rows = panels(rows_each * len(states), columns, pixels, title, side=2.2)
+    count = rows_each * len(states)
+    figure, rows = panels(count, columns, pixels, title, side=2.2, legend=0.2 * count)
     for index, (name, state) in enumerate(states.items()):
         block = rows[index * rows_each : (index + 1) * rows_each]
         name_row(block[0][0], name)

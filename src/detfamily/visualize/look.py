@@ -11,16 +11,25 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from detfamily.attention import MapAttention, MSDeformAttention, OwnLevelDeformAttention, RescaledSine
+from detfamily.attention import (
+    MapAttention,
+    MSDeformAttention,
+    OwnLevelDeformAttention,
+    RescaledSine,
+    WindowAttention,
+)
+from detfamily.attention.deformable import FewKeysAttention
 from detfamily.attention.dense import MultiHead
 from detfamily.attention.ms_deform import Sampling
 from detfamily.blocks.encoder import Encoder
 from detfamily.detector import Detector
+from detfamily.errors import NonFiniteError
 from detfamily.structures import Images, Predictions, Size, Tokens
 
 BACKBONE, ENCODER, SELF, CROSS = "backbone", "encoder_attention", "self_attention", "cross_attention"
 _WEIGHING = (MultiHead, RescaledSine)
 _SAMPLING = (MSDeformAttention, OwnLevelDeformAttention)
+_ON_MAPS = (WindowAttention,)
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,21 @@ class Heat:
 
     weights: Tensor
     level: int
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The few keys of a map, and what one token makes of them.
+
+    Attributes:
+        start: (Nk, 2) x, y in (0, 1): the grid that they start from.
+        places: (G, Nk, 2) where they are, for each group of heads.
+        weights: (M, Nk) for each head.
+    """
+
+    start: Tensor
+    places: Tensor
+    weights: Tensor
 
 
 @dataclass(frozen=True)
@@ -116,11 +140,25 @@ class Layer:
             parts = self.weights(index).split([h * w for h, w in self.shapes], dim=-1)
             maps = [part.unflatten(-1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
             return [Heat(weights, level) for level, weights in enumerate(maps)]
+        call, level, place = self._on_map(index)
+        assert isinstance(self.attention, _ON_MAPS)
+        return [Heat(self.attention.weights_on_map(call.x, place, call.pos, call.padding_mask)[0], level)]
+
+    def keys(self, index: int) -> Keys | None:
+        """The keys that the token of this number looks at; None if the attention has no few keys."""
+        if not isinstance(self.attention, FewKeysAttention):
+            return None
+        call, _, place = self._on_map(index)
+        start, places = self.attention.key_places(call.x, call.pos, call.padding_mask)
+        weights = self.attention.key_weights(call.x, place, call.pos, call.padding_mask)
+        return Keys(start, places[0], weights[0])
+
+    def _on_map(self, index: int) -> tuple[MapCall, int, Size]:
+        """The map that a token lies on, with its level, and the token's row and column."""
         for level, (call, (h, w)) in enumerate(zip(self.calls, self.shapes, strict=True)):
             if index < h * w:
-                assert isinstance(call, MapCall) and isinstance(self.attention, MapAttention)
-                place = divmod(index, w)
-                return [Heat(self.attention.weights_on_map(call.x, place, call.pos, call.padding_mask)[0], level)]
+                assert isinstance(call, MapCall)
+                return call, level, divmod(index, w)
             index -= h * w
         raise IndexError(index)
 
@@ -148,6 +186,9 @@ def look_at(detector: Detector, images: Images) -> Look:
     Args:
         detector: on the device of the image; compiled or not.
         images: one.
+
+    Raises:
+        NonFiniteError: it gives NaN or infinity.
     """
     places = attentions_of(detector)
     modules = [module for found in places.values() for module in found]
@@ -162,15 +203,15 @@ def look_at(detector: Detector, images: Images) -> Look:
         handle.remove()
         for module, mode in modes.items():
             module.training = mode
-    layers = {
-        place: [Layer(module, calls[module]) for module in found if calls[module]] for place, found in places.items()
-    }
+    if not (predictions.boxes.isfinite().all() and predictions.logits.isfinite().all()):
+        raise NonFiniteError("the detector gives NaN or infinity: its weights are spoilt")
+    layers = {place: [Layer(module, calls[module]) for module in found] for place, found in places.items()}
     references = [None if one is None else one[0] for one in said[0][1]]
-    return Look(predictions, references, {place: found for place, found in layers.items() if found})
+    return Look(predictions, references, layers)
 
 
 def attentions_of(detector: Detector) -> dict[str, list[nn.Module]]:
-    """The attentions that can be looked at, in the order of their layers."""
+    """The attentions that can be looked at, by place, in the order of their layers; no place is empty."""
     encoder, decoder = cast("Encoder", detector.encoder), detector.decoder
     found = {
         BACKBONE: list(_outermost(detector.backbone)),
@@ -178,7 +219,8 @@ def attentions_of(detector: Detector) -> dict[str, list[nn.Module]]:
         SELF: [layer.get_submodule("self_attention") for layer in decoder.layers],
         CROSS: [layer.get_submodule("cross_attention") for layer in decoder.layers],
     }
-    return {place: [module for module in modules if _speaks(module)] for place, modules in found.items()}
+    kept = {place: [module for module in modules if _speaks(module)] for place, modules in found.items()}
+    return {place: modules for place, modules in kept.items() if modules}
 
 
 @contextmanager
@@ -216,7 +258,7 @@ def _note_maps(attention: MapAttention, calls: list[Call | MapCall]) -> None:
 
 
 def _speaks(module: nn.Module) -> bool:
-    return isinstance(module, (MapAttention, *_WEIGHING, *_SAMPLING))
+    return isinstance(module, (*_WEIGHING, *_SAMPLING, *_ON_MAPS, FewKeysAttention))
 
 
 def _outermost(module: nn.Module) -> Iterator[nn.Module]:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgba
 from matplotlib.lines import Line2D
 from PIL import Image
 from torch import Tensor
@@ -32,6 +33,10 @@ from detfamily.visualize.canvas import (
 
 _LEVELS = ("#e69f00", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#f0e442", "#56b4e9", "#000000")
 _WEIGHTS = colormaps["inferno_r"]
+
+Key = Literal["head", "level", "weight"]
+"""What the color of a point says."""
+KEYS: tuple[Key, ...] = ("head", "level", "weight")
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ def draw_sampling(pixels: Tensor, states: Mapping[str, Sampled], title: str) -> 
         title: of the picture.
     """
     largest = max(float(state.sampling.weights.max()) for state in states.values())
-    figure, rows = panels(len(states), 4, pixels, title, side=2.9, legend=0.4)
+    figure, rows = panels(len(states), 4, pixels, title, legend=0.25)
     for row, (name, state) in zip(rows, states.items(), strict=True):
         points = _points(state.sampling, pixels)
         corners = _corners(state)
@@ -72,29 +77,30 @@ def draw_sampling(pixels: Tensor, states: Mapping[str, Sampled], title: str) -> 
             if axes is not row[0]:
                 left, top, right, bottom = _in_proportion(shown, pixels)
                 axes.set(xlim=(left, right), ylim=(bottom, top))
-        for axes, key in zip(row[1:], ("head", "level", "weight"), strict=True):
-            _scatter(axes, points, largest, key)
+        for axes, key in zip(row[1:], KEYS, strict=True):
+            scatter(axes, points, largest, key)
         name_row(row[0], name)
     first = next(iter(states.values()))
     heads = first.sampling.weights.shape[1]
     legend_below(rows[-1][0], marks(first.reference, first.box), 3)
-    legend_below(rows[-1][1], [_dot(_head_color(m, heads), f"head {m}") for m in range(heads)], 4)
-    legend_below(rows[-1][2], [_dot(_level_color(at), f"level {at}") for at in first.sampling.levels], 4)
-    shares = (0.1, 0.5, 1.0)
-    legend_below(rows[-1][3], [_dot(_weight_color(s), f"{s * largest:.2f}", _area(s) ** 0.5) for s in shares], 3)
+    legend_below(rows[-1][1], [dot(head_color(m, heads), f"head {m}") for m in range(heads)], 4)
+    legend_below(rows[-1][2], [dot(level_color(at), f"level {at}") for at in first.sampling.levels], 4)
+    legend_below(rows[-1][3], weight_legend(largest), 3)
     return to_picture(figure)
 
 
 @dataclass(frozen=True)
-class _Point:
+class Point:
+    """A point in pixels of the image, with its weight and the colors of its head and its level."""
+
     x: float
     y: float
     weight: float
-    head: object
-    level: object
+    head: str
+    level: str
 
 
-def _points(sampling: Sampling, pixels: Tensor) -> list[_Point]:
+def _points(sampling: Sampling, pixels: Tensor) -> list[Point]:
     """In pixels, the heaviest last: it is drawn over the others."""
     height, width = pixels.shape[1:]
     weights, locations = sampling.weights[0].cpu(), sampling.locations[0].cpu()
@@ -102,12 +108,13 @@ def _points(sampling: Sampling, pixels: Tensor) -> list[_Point]:
     found = []
     for head, level, point in product(range(heads), range(levels), range(points)):
         x, y = locations[head, level, point].tolist()
-        colors = _head_color(head, heads), _level_color(sampling.levels[level])
-        found.append(_Point(x * width, y * height, float(weights[head, level, point]), *colors))
+        colors = head_color(head, heads), level_color(sampling.levels[level])
+        found.append(Point(x * width, y * height, float(weights[head, level, point]), *colors))
     return sorted(found, key=lambda one: one.weight)
 
 
-def _scatter(axes: Axes, points: Sequence[_Point], largest: float, key: Literal["head", "level", "weight"]) -> None:
+def scatter(axes: Axes, points: Sequence[Point], largest: float, key: Key) -> None:
+    """Draw points, those that come last over the others; areas say their weights, as shares of the largest."""
     shares = [one.weight / largest for one in points]
     colors = {
         "head": [one.head for one in points],
@@ -118,8 +125,7 @@ def _scatter(axes: Axes, points: Sequence[_Point], largest: float, key: Literal[
         [one.x for one in points],
         [one.y for one in points],
         s=[_area(share) for share in shares],
-        c=colors[key],
-        alpha=[0.45 + 0.55 * share for share in shares],
+        c=[to_rgba(color, 0.45 + 0.55 * share) for color, share in zip(colors[key], shares, strict=True)],
         edgecolors="black",
         linewidths=0.4,
         zorder=3,
@@ -153,21 +159,29 @@ def _mark(axes: Axes, state: Sampled, pixels: Tensor) -> None:
     mark_place(axes, state.reference[:2], pixels)
 
 
-def _head_color(head: int, heads: int) -> object:
-    return colormaps["tab10"](head) if heads <= 10 else colormaps["hsv"](head / heads)
+def head_color(head: int, heads: int) -> str:
+    """The color of a head."""
+    return to_hex(colormaps["tab10"](head) if heads <= 10 else colormaps["hsv"](head / heads))
 
 
-def _level_color(level: int) -> str:
+def level_color(level: int) -> str:
+    """The color of a level."""
     return _LEVELS[level % len(_LEVELS)]
 
 
-def _weight_color(share: float) -> object:
-    return _WEIGHTS(0.1 + 0.8 * share)
+def _weight_color(share: float) -> str:
+    return to_hex(_WEIGHTS(0.1 + 0.8 * share))
 
 
 def _area(share: float) -> float:
     return 8 + 72 * share
 
 
-def _dot(color: object, label: str, size: float = 5.0) -> Line2D:
+def dot(color: str, label: str, size: float = 5.0) -> Line2D:
+    """A point for a legend."""
     return Line2D([], [], marker="o", linestyle="", color=color, markeredgecolor="black", markersize=size, label=label)
+
+
+def weight_legend(largest: float) -> list[Line2D]:
+    """Points of some weights, for a legend."""
+    return [dot(_weight_color(share), f"{share * largest:.2f}", _area(share) ** 0.5) for share in (0.1, 0.5, 1.0)]

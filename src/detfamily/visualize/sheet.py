@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image
+
+from detfamily.files import write_atomically
 
 _WIDTH = 900
 _GAP = 12
@@ -35,6 +38,12 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int = 2) -> Image.Im
     for picture, place in zip(small, places, strict=True):
         sheet.paste(picture, place)
     return sheet
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """Write a PNG or a JPEG, as the name says, whole or not at all."""
+    kind = "JPEG" if path.suffix == ".jpg" else "PNG"
+    write_atomically(path, lambda file: picture.save(file, format=kind, quality=90))
 
 
 def _at_most(picture: Image.Image, width: int) -> Image.Image:
