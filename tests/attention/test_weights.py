@@ -111,6 +111,7 @@ def test_weights_among_queries_keep_to_the_mask() -> None:
     assert not weights[..., 4:].any() and weights[..., :4].all()
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("reference_dim", [2, 4])
 def test_sampling_is_computed_as_the_paper_says(reference_dim: int) -> None:
     attention, points = alive(MSDeformAttention(WIDTH, HEADS, 2, 4)), 4
