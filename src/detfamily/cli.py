@@ -107,13 +107,13 @@ COMMANDS = {
         ),
         Command(
             "visualize",
-            "draw what a trained detector looks at, beside the untrained one: sampling points, attention maps, boxes",
+            "draw what a detector looks at: sampling points, attention maps, boxes layer by layer",
             "train",
             "detfamily.visualize.command:visualize",
             (
                 "checkpoint=runs/dino/best.pt source=photo.jpg",
                 "checkpoint=runs/detr/best.pt source=photos what=[boxes,cross_attention] layer=-1 queries=4",
-                "checkpoint=runs/dino/best.pt source=photo.jpg what=encoder_attention place=[120,80] level=1 layer=all",
+                "checkpoint=runs/dino/best.pt source=photo.jpg what=encoder_attention place=[120,80] level=1",
             ),
             composed=False,
         ),

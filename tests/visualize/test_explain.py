@@ -100,7 +100,7 @@ def test_a_subject_has_the_answer_of_the_last_layer(detectors: Callable[[str], D
     ((subject,), places) = subjects_of(Request(query=[5]), look, SigmoidScores(), NAMES)
     probabilities = look.predictions.logits[-1, 0, 5].sigmoid()
     best = int(probabilities.argmax())
-    assert subject.label == best and subject.words == f"query 5: {NAMES[best]} {float(probabilities[best]):.2f}"
+    assert subject.label == best and subject.words == f"query 5 ({NAMES[best]} {float(probabilities[best]):.2f})"
     assert subject.box == look.predictions.boxes[-1, 0, 5].tolist() and subject.place == tuple(subject.box[:2])
     assert places == [subject]
 

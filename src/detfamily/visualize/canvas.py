@@ -33,7 +33,7 @@ class Subject:
     """What a picture is about.
 
     Attributes:
-        words: for titles ("query 12: circle 0.93").
+        words: for titles ("query 12 (circle 0.93)").
         file: for file names ("query12").
         place: x, y in (0, 1).
         box: the answer, cx, cy, w, h in (0, 1); None for a mere place.
@@ -64,7 +64,7 @@ def panels(
     """
     height, width = pixels.shape[1:]
     scale = side / max(height, width)
-    size = (max(columns * (width * scale + 0.12), 4.2), rows * height * scale + 0.55 + 0.05 * rows + legend)
+    size = (max(columns * (width * scale + 0.12), 4.2), rows * height * scale + 0.6 + 0.05 * rows + legend)
     figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03)  # type: ignore[union-attr, call-arg]
     figure.suptitle(title, fontsize=_TEXT + 1, wrap=True)

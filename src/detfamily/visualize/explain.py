@@ -138,7 +138,7 @@ def subjects_of(
         answers = scores(look.predictions.logits[-1, 0, number])
         label = max(names, key=lambda one: float(answers[one]))
         box = look.predictions.boxes[-1, 0, number].tolist()
-        words = f"query {number}: {names[label]} {float(answers[label]):.2f}"
+        words = f"query {number} ({names[label]} {float(answers[label]):.2f})"
         queries.append(Subject(words, f"query{number}", (box[0], box[1]), box, number, label))
     if request.place is None:
         return queries, queries
@@ -218,7 +218,7 @@ def _draw(
         level = request.token_level(kind, first)
         index, place = first.token(*subject.place, level)
         on_level = f" of level {level}" * (len(first.shapes) > 1)
-        from_words = f"token at row {place[0]}, column {place[1]}{on_level} ({subject.words})"
+        from_words = f"token at row {place[0]}, column {place[1]}{on_level}, the place of {subject.words}"
     return _draw_reading(pixels, states, index, subject, kind, f"{title}: {from_words}")
 
 
