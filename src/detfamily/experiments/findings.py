@@ -68,8 +68,8 @@ class Findings:
 
     def median(self, label: str, field: str) -> float | None:
         """The median over a row's finished runs of what a record says, such as ``images_per_second``."""
-        known = [one.get(field) for one in self.records if one["row"] == label and one["status"] == FINISHED]
-        known = [one for one in known if one is not None]
+        mine = (one for one in self.records if one["row"] == label and one["status"] == FINISHED)
+        known = [float(one[field]) for one in mine if one.get(field) is not None]
         return statistics.median(known) if known else None
 
     def tradeoff(self) -> dict[str, Cost]:
