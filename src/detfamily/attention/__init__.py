@@ -11,6 +11,7 @@ A cross-attention with ``reads_sine = True`` compares the queries' ``sine`` code
 that it samples around their references.
 """
 
+from detfamily.attention.axial import AxialAttention
 from detfamily.attention.conditional import (
     ConditionalAttention,
     LevelConditionalAttention,
@@ -20,14 +21,17 @@ from detfamily.attention.conditional import (
 from detfamily.attention.dense import DenseAttention
 from detfamily.attention.maps import MapAttention
 from detfamily.attention.ms_deform import MSDeformAttention, OwnLevelDeformAttention
+from detfamily.attention.neighborhood import NeighborhoodAttention
 from detfamily.attention.window import WindowAttention
 
 __all__ = [
+    "AxialAttention",
     "ConditionalAttention",
     "DenseAttention",
     "LevelConditionalAttention",
     "MSDeformAttention",
     "MapAttention",
+    "NeighborhoodAttention",
     "OwnLevelDeformAttention",
     "RescaledSine",
     "SplitDenseAttention",
