@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from detfamily.attention import (
+    AxialAttention,
     ConditionalAttention,
     DeformableAttention,
     DeformableAttention2022,
@@ -16,6 +17,7 @@ from detfamily.attention import (
     LevelConditionalAttention,
     MapAttention,
     MSDeformAttention,
+    NeighborhoodAttention,
     OwnLevelDeformAttention,
     PooledAttention,
     PyramidAttention,
@@ -159,6 +161,9 @@ ON_MAPS = {
     "window": lambda: WindowAttention(WIDTH, HEADS, 4),
     "shifted": lambda: WindowAttention(WIDTH, HEADS, 4, shift=2),
     "without biases": lambda: WindowAttention(WIDTH, HEADS, 3, qkv_bias=False, position_bias=False),
+    "neighborhood": lambda: NeighborhoodAttention(WIDTH, HEADS, 3),
+    "dilated": lambda: NeighborhoodAttention(WIDTH, HEADS, 3, dilation=2, position_bias=True),
+    "filled up": lambda: NeighborhoodAttention(WIDTH, HEADS, 9, pad_small_maps=True),
 }
 
 
@@ -191,6 +196,19 @@ def test_weights_in_a_window_are_those_of_the_formula() -> None:
             for column in range(3):
                 wanted[row, column] = (q[0, 4, 1, part] @ k[0, row, column, part] / (WIDTH // HEADS) ** 0.5).exp()
         torch.testing.assert_close(weights[0, head], wanted / wanted.sum())
+
+
+def test_axial_weights_are_those_of_a_row_and_a_column() -> None:
+    attention = alive(AxialAttention(WIDTH, HEADS))
+    x, pos, _ = maps(False)
+    weights = attention.weights_on_map(x, (2, 5), pos)[0]
+    cross = torch.zeros(7, 9, dtype=torch.bool)
+    cross[2], cross[:, 5] = True, True
+    assert (weights[:, cross] > 0).all() and not weights[:, ~cross].any()
+    torch.testing.assert_close(weights.sum((1, 2)), torch.full((HEADS,), 2.0).double())  # a softmax for each
+    values = attention.qkv(x)[..., 2 * WIDTH :].unflatten(-1, (HEADS, -1))[0]
+    mixed = torch.einsum("mhw,hwmc->mc", weights, values).flatten()
+    torch.testing.assert_close(attention.proj(mixed), attention.on_map(x, pos)[0, 2, 5])
 
 
 FEW_KEYS = {

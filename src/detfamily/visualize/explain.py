@@ -218,7 +218,7 @@ def _draw(
         level = request.token_level(kind, first)
         index, place = first.token(*subject.place, level)
         on_level = f" of level {level}" * (len(first.shapes) > 1)
-        from_words = f"token at row {place[0]}, column {place[1]}{on_level}, the place of {subject.words}"
+        from_words = f"token at row {place[0]}, column {place[1]}{on_level}, at {subject.words}"
     return _draw_reading(pixels, states, index, subject, kind, f"{title}: {from_words}")
 
 

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from detfamily.attention import (
+    AxialAttention,
     MapAttention,
     MSDeformAttention,
+    NeighborhoodAttention,
     OwnLevelDeformAttention,
     RescaledSine,
     WindowAttention,
@@ -29,7 +31,7 @@ from detfamily.structures import Images, Predictions, Size, Tokens
 BACKBONE, ENCODER, SELF, CROSS = "backbone", "encoder_attention", "self_attention", "cross_attention"
 _WEIGHING = (MultiHead, RescaledSine)
 _SAMPLING = (MSDeformAttention, OwnLevelDeformAttention)
-_ON_MAPS = (WindowAttention,)
+_ON_MAPS = (WindowAttention, NeighborhoodAttention, AxialAttention)
 
 
 @dataclass(frozen=True)
