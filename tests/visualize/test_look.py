@@ -115,6 +115,20 @@ def test_windows_of_a_backbone_are_seen(detectors: Callable[[str], Detector]) ->
     assert seen[:7, 7:14].all() and seen.sum() == 49
 
 
+def test_attentions_on_maps_of_an_encoder_are_seen_level_by_level(detectors: Callable[[str], Detector]) -> None:
+    look = look_at(detectors("on_maps"), one_image(photo()))
+    neighbours, moved = look.layers[ENCODER]
+    assert neighbours.shapes == moved.shapes == ((8, 12), (4, 6), (2, 3), (1, 2))
+    index, _ = neighbours.token(0.5, 0.5, 0)
+    (heat,) = neighbours.heat(index)
+    assert heat.level == 0 and heat.weights.shape == (4, 8, 12) and int((heat.weights > 0).all(0).sum()) == 49
+    (heat,) = neighbours.heat(96 + 7)
+    assert heat.level == 1 and int((heat.weights > 0).all(0).sum()) == 24
+    keys = moved.keys(index)
+    assert keys is not None and neighbours.keys(index) is None and moved.sampling(index) is None
+    assert keys.start.shape == (2 * 3, 2) and keys.places.shape == (2, 6, 2) and keys.weights.shape == (4, 6)
+
+
 def test_what_is_not_finite_is_named(detectors: Callable[[str], Detector]) -> None:
     detector = detectors("deformable_detr")
     before = detector.decoder.layers[0].cross_attention.value_proj.weight[0, 0].item()
