@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
@@ -172,9 +172,7 @@ class PatchStem(nn.Module):
         stem_dim: channels of the convolution, where they are others: then a linear layer leads to C.
     """
 
-    def __init__(
-        self, embed_dim: int, kernel_size: int = PATCH, padding: int = 0, stem_dim: int | None = None
-    ) -> None:
+    def __init__(self, embed_dim: int, kernel_size: int = PATCH, padding: int = 0, stem_dim: int | None = None) -> None:
         super().__init__()
         width = stem_dim or embed_dim
         self.conv = nn.Conv2d(3, width, kernel_size, PATCH, padding)
@@ -253,9 +251,7 @@ def _per_stage(name: str, value: T | Sequence[T], count: int) -> list[T]:
     return list(value)
 
 
-def _check_spec(
-    depths: Sequence[int], spec: Sequence[Sequence[str]], attention: Mapping[str, object]
-) -> None:
+def _check_spec(depths: Sequence[int], spec: Sequence[Sequence[str]], attention: Mapping[str, object]) -> None:
     if len(spec) != len(depths):
         raise ValueError(f"backbone.spec lists {len(spec)} stages, backbone.depths {len(depths)}: expected as many")
     if CONV in attention:

@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 
 from detfamily.backbones.fold import conv_norm
-from detfamily.backbones.weights import read_state
+from detfamily.backbones.weights import naming, read_state
 from detfamily.errors import CheckpointError
 
 _STAGES = {2: "layer1", 3: "layer2", 4: "layer3", 5: "layer4"}
@@ -108,10 +108,8 @@ def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
                 "state dict, or backbone.weights=null to start from random weights"
             ) from error
         return state
-    try:
+    with naming(weights):
         return read_state(weights, {}, otherwise="expected a path, 'imagenet' or")
-    except CheckpointError as error:
-        raise CheckpointError(f"backbone.weights={weights!r} cannot be used: {error}") from None
 
 
 def _load(body: nn.Module, state: Mapping[str, Tensor], weights: str) -> None:

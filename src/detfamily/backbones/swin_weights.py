@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import nn
 
-from detfamily.backbones.weights import fill, read_state
+from detfamily.backbones.weights import fill, naming, read_state
 
 _RELEASES = "https://github.com/SwinTransformer/storage/releases/download"
 _BASE, _LARGE = "swin_base_patch4", "swin_large_patch4"
@@ -44,4 +42,5 @@ def load_weights(swin: nn.Module, weights: str) -> None:
     from detfamily.checkpoints.swin import CLASSIFIER, rules
 
     tables = [name for name in swin.state_dict() if name.endswith(".position_bias")]
-    fill(swin, weights, partial(read_state, weights, URLS), Adapter(rules("", ""), CLASSIFIER), tables)
+    with naming(weights):
+        fill(swin, read_state(weights, URLS), Adapter(rules("", ""), CLASSIFIER), tables, weights)

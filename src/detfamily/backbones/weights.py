@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import pickle
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,12 +76,17 @@ def _download(url: str) -> Any:
         ) from error
 
 
+@contextmanager
+def naming(weights: str) -> Iterator[None]:
+    """Say in every CheckpointError from within that it is about ``backbone.weights``."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"backbone.weights={weights!r} cannot be used: {error}") from None
+
+
 def fill(
-    backbone: nn.Module,
-    weights: str,
-    read: Callable[[], Mapping[str, Tensor]],
-    adapter: Adapter,
-    tables: Collection[str],
+    backbone: nn.Module, official: Mapping[str, Tensor], adapter: Adapter, tables: Collection[str], weights: str
 ) -> None:
     """Fill a backbone of stages.
 
@@ -89,23 +95,20 @@ def fill(
 
     Args:
         backbone: whose last stage may be any.
-        weights: what the user gave, for messages.
-        read: gives the official tensors.
+        official: the tensors of the file.
         adapter: from their names to ours.
         tables: our names of position biases that are interpolated where they have another size, which is said.
+        weights: what the user gave, to say it.
 
     Raises:
-        CheckpointError: the file cannot be read, or is of another network.
+        CheckpointError: they are of another network.
     """
     own = backbone.state_dict()
-    try:
-        ours = adapter.to_ours(read())
-        last = max(int(name.split(".")[1]) for name in own if name.startswith("stages."))
-        ours = {name: value for name, value in ours.items() if not is_beyond(name, last)}
-        ours |= _resized_tables({name: ours[name] for name in tables if name in ours}, own, weights)
-    except CheckpointError as error:
-        raise CheckpointError(f"backbone.weights={weights!r} cannot be used: {error}") from None
-    _check_names(ours, own, adapter, weights)
+    ours = adapter.to_ours(official)
+    last = max(int(name.split(".")[1]) for name in own if name.startswith("stages."))
+    ours = {name: value for name, value in ours.items() if not is_beyond(name, last)}
+    ours |= _resized_tables({name: ours[name] for name in tables if name in ours}, own, weights)
+    _check_names(ours, own, adapter)
     backbone.load_state_dict(ours, strict=False)
 
 
@@ -115,7 +118,7 @@ def is_beyond(name: str, last: int) -> bool:
     return stage.isdigit() and (int(stage) > last or (int(stage) == last and part == "merge"))
 
 
-def _check_names(ours: Mapping[str, Tensor], own: Mapping[str, Tensor], adapter: Adapter, weights: str) -> None:
+def _check_names(ours: Mapping[str, Tensor], own: Mapping[str, Tensor], adapter: Adapter) -> None:
     from detfamily.checkpoints.adapter import listed
 
     missing = [name for name in own if name not in ours and not _OUTPUT_NORM.match(name)]
@@ -124,7 +127,7 @@ def _check_names(ours: Mapping[str, Tensor], own: Mapping[str, Tensor], adapter:
     for words, names in (("misses", missing), ("has also", unknown), ("has in another shape", wrong)):
         if names:
             raise CheckpointError(
-                f"backbone.weights={weights!r} is of another network than backbone: it {words} "
+                f"it is of another network than backbone: it {words} "
                 f"{listed([adapter.official_name(name) for name in names], 4)}"
             )
 
