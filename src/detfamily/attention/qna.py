@@ -42,8 +42,8 @@ class LearnedQueryAttention(MapAttention):
         self.k = nn.Linear(embed_dim, embed_dim, bias=False)
         self.v = nn.Linear(embed_dim, embed_dim, bias=False)
         self.proj = nn.Linear(embed_dim, embed_dim, bias=False)
-        self.scale = nn.Parameter(torch.empty(num_queries, num_heads, kernel_size**2))
-        self.position_bias = nn.Parameter(torch.empty(num_queries, num_heads, kernel_size**2))
+        self.scale = nn.Parameter(torch.empty(num_queries * num_heads, kernel_size**2))
+        self.position_bias = nn.Parameter(torch.empty(num_queries * num_heads, kernel_size**2))
         nn.init.trunc_normal_(self.queries, std=(num_heads / embed_dim) ** 0.5)
         nn.init.normal_(self.scale, std=0.02)
         nn.init.trunc_normal_(self.position_bias, std=0.02)
@@ -61,9 +61,10 @@ class LearnedQueryAttention(MapAttention):
         v = without_padding(padding_mask, self.v(x)).unflatten(-1, (self.num_heads, -1))
         logits = torch.einsum("bhwmd,qmd->bqmhw", k, q.to(k.dtype))
         cost = self._without_padding(padding_mask, logits)
-        places = self.weigh(self.position_bias[None])[0]
+        places = self.weigh(self.position_bias.unflatten(0, (1, -1, self.num_heads)))[0]
         weighed = cost[:, :, :, None] * v.permute(0, 3, 4, 1, 2)[:, None]
-        sums = self._windows(weighed, (places * self.scale)[:, :, None].expand(*weighed.shape[1:4], -1))
+        kernels = places * self.scale.unflatten(0, (-1, self.num_heads))
+        sums = self._windows(weighed, kernels[:, :, None].expand(*weighed.shape[1:4], -1))
         total = self._windows(cost, places)[:, :, :, None]
         answers = sums / total.masked_fill(total == 0, 1)
         output: Tensor = self.proj(answers.sum(1).flatten(1, 2).permute(0, 2, 3, 1))
