@@ -75,7 +75,7 @@ class SlideAttention(MapAttention):
         k, v = self._neighbours(k, self.gather), self._neighbours(v, self.gather_values or self.gather)
         if self.position_bias is not None:
             k = k + self.position_bias[:, None, :, None, None]
-        q = q * q.shape[2] ** -0.5
+        q = q * (x.shape[-1] / self.num_heads) ** -0.5  # of the full width, as officially
         weights = torch.einsum("bmdhw,bmdnhw->bmnhw", q, k).softmax(2)
         out = torch.einsum("bmnhw,bmdnhw->bhwmd", weights, v.to(weights.dtype))
         output: Tensor = self.proj(out.flatten(3))

@@ -22,13 +22,20 @@ _BY_QUERY = Form(lambda table: table.flatten(0, -2).t(), lambda table: table.t()
 _BY_QUERY_AS_KERNEL = Form(lambda table: table.flatten(0, -2).t(), lambda table: table.t()[None, None])
 
 
-def deformable(ours: str, official: str) -> list[Rule]:
-    """DAttentionBaseline, whatever its position bias; without offsets, ``UNUSED_POOLED`` may be left over."""
+def pooled(ours: str, official: str) -> list[Rule]:
+    """DAttentionBaseline without offsets; ``UNUSED_POOLED`` may be left over."""
     return [
         *_pointwise(ours + "q", official + "proj_q"),
         *_pointwise(ours + "k", official + "proj_k"),
         *_pointwise(ours + "v", official + "proj_v"),
         *_pointwise(ours + "proj", official + "proj_out"),
+    ]
+
+
+def deformable(ours: str, official: str) -> list[Rule]:
+    """DAttentionBaseline with offsets, whatever its position bias."""
+    return [
+        *pooled(ours, official),
         Rename(ours + "offsets.conv.{rest}", (official + "conv_offset.0.{rest}",)),
         Rename(ours + "offsets.norm.{rest}", (official + "conv_offset.1.norm.{rest}",)),
         *_pointwise(ours + "offsets.out", official + "conv_offset.3"),
