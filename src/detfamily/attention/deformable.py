@@ -172,7 +172,9 @@ class DeformableAttention(FewKeysAttention):
         return grid + self._bounded(offsets, rows - 1, columns - 1)
 
     def _bounded(self, offsets: Tensor, rows: int, columns: int) -> Tensor:
-        return offsets.tanh() * (self.offset_range_factor / offsets.new_tensor([rows, columns]))
+        # in float32 whatever the offsets are in, as officially
+        distances = torch.tensor([1 / rows, 1 / columns], dtype=torch.float32, device=offsets.device)
+        return offsets.tanh() * distances * self.offset_range_factor
 
 
 class DeformableAttention2022(DeformableAttention):

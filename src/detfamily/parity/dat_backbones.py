@@ -69,7 +69,7 @@ def results(case: Case) -> dict[str, Tensor]:
     Raises:
         DataError: a value of an argument has no counterpart.
     """
-    network = _network(case)
+    network = _network(case).eval()
     network.load(case.weights)
     ours = {f"loaded.{name}": value for name, value in network.official(dict(network.named_parameters())).items()}
     for key in case.io:
@@ -83,7 +83,7 @@ def _of_size(case: Case, network: Network, key: str, size: str) -> dict[str, Ten
     found: dict[str, Tensor] = {}
     for dtype, ending in ((torch.float32, ".f32"), (torch.float64, "")):
         network.to(dtype).zero_grad()
-        x = case.io[key].to(dtype).requires_grad_()
+        x = case.io[key].detach().to(dtype).requires_grad_()
         outputs = network(x)
         found |= {f"{size}{name}{ending}": value.detach() for name, value in outputs.items()}
     probes = {name: f"{size}{name.replace('out', 'cotangent', 1)}" for name in outputs}
@@ -101,9 +101,7 @@ def _of_size(case: Case, network: Network, key: str, size: str) -> dict[str, Ten
 class Head(nn.Module):
     """The official classifier: norm, mean, linear layer."""
 
-    adapter = Adapter(
-        [Rename("norm.{rest}", ("cls_norm.norm.{rest}",)), Rename("linear.{rest}", ("cls_head.{rest}",))]
-    )
+    adapter = Adapter([Rename("norm.{rest}", ("cls_norm.norm.{rest}",)), Rename("linear.{rest}", ("cls_head.{rest}",))])
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
@@ -126,7 +124,9 @@ class Network(nn.Module):
         head: the classifier, if it is one.
     """
 
-    def __init__(self, dat: DAT, prefix: str = "", normed: Sequence[int] | None = None, head: Head | None = None) -> None:
+    def __init__(
+        self, dat: DAT, prefix: str = "", normed: Sequence[int] | None = None, head: Head | None = None
+    ) -> None:
         super().__init__()
         self.dat = dat
         self.prefix = prefix
@@ -179,7 +179,7 @@ def _watched(stages: Sequence[Stage]) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-# -------------------------------------------------------------------------------------------------------- from arguments
+# ------------------------------------------------------------------------------------------------------- from arguments
 
 
 def _network(case: Case) -> Network:
