@@ -172,8 +172,7 @@ class DeformableAttention(FewKeysAttention):
         return grid + self._bounded(offsets, rows - 1, columns - 1)
 
     def _bounded(self, offsets: Tensor, rows: int, columns: int) -> Tensor:
-        # in float32 whatever the offsets are in, as officially
-        distances = torch.tensor([1 / rows, 1 / columns], dtype=torch.float32, device=offsets.device)
+        distances = torch.tensor([1 / rows, 1 / columns], device=offsets.device)  # of the default type, as officially
         return offsets.tanh() * distances * self.offset_range_factor
 
 

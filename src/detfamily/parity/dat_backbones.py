@@ -18,7 +18,7 @@ from detfamily.checkpoints.adapter import Adapter, Rename
 from detfamily.checkpoints.dat import dat_adapter, tables
 from detfamily.errors import DataError
 from detfamily.parity.case import Case
-from detfamily.parity.dat_modules import Arguments, build, kind_of
+from detfamily.parity.dat_modules import Arguments, build, default_type, kind_of
 
 MODULES = ("TransformerStage", "DAT")
 """The official classes of these cases."""
@@ -84,7 +84,8 @@ def _of_size(case: Case, network: Network, key: str, size: str) -> dict[str, Ten
     for dtype, ending in ((torch.float32, ".f32"), (torch.float64, "")):
         network.to(dtype).zero_grad()
         x = case.io[key].detach().to(dtype).requires_grad_()
-        outputs = network(x)
+        with default_type(dtype if network.prefix else torch.float32):
+            outputs = network(x)
         found |= {f"{size}{name}{ending}": value.detach() for name, value in outputs.items()}
     probes = {name: f"{size}{name.replace('out', 'cotangent', 1)}" for name in outputs}
     terms = [(outputs[name] * case.io[probe].double()).sum() for name, probe in probes.items() if probe in case.io]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -98,13 +99,25 @@ def _of_size(case: Case, size: str) -> dict[str, Tensor]:
     for dtype, ending in ((torch.float32, ".f32"), (torch.float64, "")):
         module.to(dtype).zero_grad()
         x = case.io[f"{size}.input"].to(dtype, copy=True).requires_grad_()
-        output = call(module, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        with default_type(dtype):
+            output = call(module, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         found[f"{size}.out{ending}"] = output.detach()
     (output * case.io[f"{size}.cotangent"].to(torch.float64)).sum().backward()
     given = {name: one.grad for name, one in module.named_parameters() if one.grad is not None}
     assert x.grad is not None
     gradients = {"input": x.grad} | adapter.to_official(given)
     return found | {f"{size}.grad.{name}": gradient for name, gradient in gradients.items()}
+
+
+@contextmanager
+def default_type(dtype: torch.dtype) -> Iterator[None]:
+    """Make new tensors of a type by default: cases of modules were computed so, those of whole backbones were not."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def kind_of(module: str, args: Mapping[str, Any]) -> Kind:
