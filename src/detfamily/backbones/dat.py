@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from detfamily.attention.maps import conv_on_map
+from detfamily.attention.neighborhood import NeighborhoodAttention
 from detfamily.attention.window import WindowAttention
 from detfamily.backbones.dat_blocks import LayerScale, LocalPerception, depthwise
 from detfamily.backbones.dat_weights import load_weights
@@ -118,7 +119,7 @@ class DAT(StagedBackbone):
     def _initialize(self) -> None:
         """PyTorch's own weights, as officially, also in what has others elsewhere."""
         for module in self.modules():
-            if isinstance(module, WindowAttention | FeedForward):
+            if isinstance(module, WindowAttention | NeighborhoodAttention | FeedForward):
                 for linear in module.children():
                     if isinstance(linear, nn.Linear):
                         linear.reset_parameters()
