@@ -141,5 +141,7 @@ def test_factors_of_branches_have_two_official_names(detection: bool, name: str)
 
 def test_attention_that_no_official_dat_has() -> None:
     dat = tiny(attention={"a": partial(DenseAttention, dropout=0.0)})
-    with pytest.raises(CheckpointError, match=r"has a DenseAttention in its blocks, as stages\.0\.blocks\.0\.attention"):
+    with pytest.raises(
+        CheckpointError, match=r"has a DenseAttention in its blocks, as stages\.0\.blocks\.0\.attention"
+    ):
         dat_adapter(dat)
