@@ -412,7 +412,7 @@ def test_official_names_tell_where_the_file_is() -> None:
 
 # ------------------------------------------------------------------------------------------------------------- configs
 
-# widths, depths, letters, heads, groups, drop path and millions of parameters with a classifier, of the official configs
+# of the official configs: width, depths, letters, heads, groups, drop path, millions of parameters with a classifier
 PUBLISHED = {
     "dat_t": (96, [2, 2, 6, 2], ["LS", "LS", "LDLDLD", "LD"], [3, 6, 12, 24], [3, 6], 0.2, 28.32),
     "dat_s": (96, [2, 2, 18, 2], ["LS", "LS", "LD" * 9, "LD"], [3, 6, 12, 24], [3, 6], 0.3, 49.70),
