@@ -23,6 +23,7 @@ OF_MODULES = [
     *("deformable_attention_fixed_pe", "deformable_attention_log_cpb", "deformable_attention_no_off"),
     *("deformable_attention_no_pe", "deformable_attention_range", "local_attention", "shift_window_attention"),
     *("pyramid_attention", "pyramid_attention_sr1", "qna", "qna_sigmoid", "slide_attention"),
+    *("neighborhood_attention", "neighborhood_attention_k3"),
     *("transformer_mlp", "transformer_mlp_with_conv", "transformer_mlp_with_conv_cmt"),
 ]
 

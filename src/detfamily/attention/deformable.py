@@ -216,7 +216,8 @@ class DeformableAttention(FewKeysAttention):
         return grid + self._bounded(offsets, rows - 1, columns - 1)
 
     def _bounded(self, offsets: Tensor, rows: int, columns: int) -> Tensor:
-        return offsets.tanh() * (self.offset_range_factor / offsets.new_tensor([rows, columns]))
+        distances = torch.tensor([1 / rows, 1 / columns], device=offsets.device)  # of the default type, as officially
+        return offsets.tanh() * distances * self.offset_range_factor
 
 
 class DeformableAttention2022(DeformableAttention):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from detfamily.attention.deformable import DeformableAttention, DeformableAttention2022, PooledAttention
 from detfamily.attention.deformable_position import ConvPosition, FixedBias, LogBias, PositionBias, TableBias
 from detfamily.attention.maps import MapAttention
+from detfamily.attention.neighborhood import NeighborhoodAttention
 from detfamily.attention.pyramid import PyramidAttention
 from detfamily.attention.qna import LearnedQueryAttention, LinearQueryAttention, SigmoidQueryAttention
 from detfamily.attention.slide import SlideAttention
@@ -98,13 +100,25 @@ def _of_size(case: Case, size: str) -> dict[str, Tensor]:
     for dtype, ending in ((torch.float32, ".f32"), (torch.float64, "")):
         module.to(dtype).zero_grad()
         x = case.io[f"{size}.input"].to(dtype, copy=True).requires_grad_()
-        output = call(module, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        with default_type(dtype):
+            output = call(module, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         found[f"{size}.out{ending}"] = output.detach()
     (output * case.io[f"{size}.cotangent"].to(torch.float64)).sum().backward()
     given = {name: one.grad for name, one in module.named_parameters() if one.grad is not None}
     assert x.grad is not None
     gradients = {"input": x.grad} | adapter.to_official(given)
     return found | {f"{size}.grad.{name}": gradient for name, gradient in gradients.items()}
+
+
+@contextmanager
+def default_type(dtype: torch.dtype) -> Iterator[None]:
+    """Make new tensors of a type by default: cases of modules were computed so, those of whole backbones were not."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def kind_of(module: str, args: Mapping[str, Any]) -> Kind:
@@ -195,6 +209,11 @@ def _window(args: Arguments) -> nn.Module:
     return WindowAttention(args.pop("dim"), args.pop("heads"), args.pop("window_size"), args.pop("shift_size", 0))
 
 
+def _neighborhood(args: Arguments) -> nn.Module:
+    dilation = args.pop("dilation", None) or 1
+    return NeighborhoodAttention(args.pop("dim"), args.pop("num_heads"), args.pop("kernel_size"), dilation)
+
+
 def _pyramid(args: Arguments) -> nn.Module:
     return PyramidAttention(args.pop("dim"), args.pop("num_heads", 8), args.pop("sr_ratio", 1))
 
@@ -237,6 +256,7 @@ KINDS = {
     "DAttentionBaseline": Kind(_deformable, dat_blocks.deformable),
     "LocalAttention": Kind(_window, dat_blocks.window),
     "ShiftWindowAttention": Kind(_window, dat_blocks.window, dat_blocks.UNUSED),
+    "NeighborhoodAttention2D": Kind(_neighborhood, dat_blocks.neighborhood),
     "PyramidAttention": Kind(_pyramid, dat_blocks.pyramid),
     "SlideAttention": Kind(_slide, dat_blocks.slide),
     "FusedKQnA": Kind(_learned_queries, dat_blocks.learned_queries),
