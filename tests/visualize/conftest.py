@@ -37,6 +37,7 @@ DETECTORS = {
     "two_stages": [*DEFORMABLE, "decoder=refine", "query_source=proposals"],
     "own_level": [*DEFORMABLE, "encoder_attention=ms_deform_own_level"],
     "on_maps": [*DEFORMABLE, "encoder_attention=[neighborhood,deformable]"],
+    "dat": [*DEFORMABLE, "backbone=dat_t", "backbone.embed_dim=12", "backbone.weights=null", "model.num_levels=4"],
     "swin": [*DEFORMABLE, "backbone=swin_t", "backbone.embed_dim=12", "backbone.weights=null", "model.num_levels=4"],
 }
 

@@ -47,7 +47,7 @@ def test_everything_that_a_detector_has_is_drawn(name: str, detectors: Callable[
         "self_attention-layer2-query3",
         "encoder_attention-layer1-query3",
     ]
-    assert list(drawn) == wanted + ["backbone-layer11-query3"] * (name == "swin")
+    assert list(drawn) == wanted + ["backbone-layer11-query3"] * (name in ("swin", "dat"))
     assert all(isinstance(one, Image.Image) and min(one.size) > 200 for one in drawn.values())
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from detfamily.attention import DenseAttention, MSDeformAttention, WindowAttention
+from detfamily.attention import DeformableAttention, DenseAttention, MSDeformAttention, WindowAttention
 from detfamily.detector import Detector
 from detfamily.errors import NonFiniteError
 from detfamily.visualize.look import BACKBONE, CROSS, ENCODER, SELF, look_at
@@ -113,6 +114,28 @@ def test_windows_of_a_backbone_are_seen(detectors: Callable[[str], Detector]) ->
     assert heat.weights.shape == (3, 16, 24)
     seen = (heat.weights > 0).all(0)
     assert seen[:7, 7:14].all() and seen.sum() == 49
+
+
+def test_moved_keys_of_a_backbone_are_seen(detectors: Callable[[str], Detector]) -> None:
+    layers = look_at(detectors("dat"), one_image(photo())).layers[BACKBONE]
+    kinds = [isinstance(layer.attention, DeformableAttention) for layer in layers]
+    assert kinds == [False] * 4 + [False, True] * 4
+    keys = layers[5].keys(7)
+    assert layers[5].shapes == ((4, 6),) and keys is not None
+    assert keys.start.shape == (24, 2) and keys.places.shape == (3, 24, 2) and keys.weights.shape == (12, 24)
+    torch.testing.assert_close(keys.weights.sum(-1), torch.ones(12))
+
+
+def test_hooks_reach_a_compiled_detector(detectors: Callable[[str], Detector]) -> None:
+    detector, images = detectors("detr"), one_image(photo())
+    expected = look_at(detector, images)
+    compiled = copy.deepcopy(detector)
+    compiled.compile(backend="eager")
+    with torch.no_grad():
+        compiled(images)
+    found = look_at(compiled, images)
+    assert [len(layers) for layers in found.layers.values()] == [2, 3, 3]
+    torch.testing.assert_close(found.layers[CROSS][0].heat(3)[0].weights, expected.layers[CROSS][0].heat(3)[0].weights)
 
 
 def test_attentions_on_maps_of_an_encoder_are_seen_level_by_level(detectors: Callable[[str], Detector]) -> None:
