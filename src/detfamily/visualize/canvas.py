@@ -106,6 +106,24 @@ def surroundings(points: Tensor, pixels: Tensor) -> tuple[float, float, float, f
     return x - side / 2, y - side / 2, x + side / 2, y + side / 2
 
 
+def zoom(axes: Axes, points: Tensor, pixels: Tensor) -> None:
+    """Show only the surroundings of some points, in the proportions of the image; no more than the whole image.
+
+    Args:
+        axes: the panel.
+        points: (n, 2) x, y in (0, 1).
+        pixels: (3, H, W).
+    """
+    height, width = pixels.shape[1:]
+    left, top, right, bottom = surroundings(points, pixels)
+    factor = (right - left) / min(height, width)
+    if factor >= 1:
+        return
+    x = min(max((left + right - factor * width) / 2, 0), (1 - factor) * width)
+    y = min(max((top + bottom - factor * height) / 2, 0), (1 - factor) * height)
+    axes.set(xlim=(x, x + factor * width), ylim=(y + factor * height, y))
+
+
 def name_row(axes: Axes, words: str) -> None:
     """Words at the left of a row."""
     axes.set_ylabel(words, fontsize=_TEXT)

@@ -12,7 +12,7 @@ from matplotlib.collections import LineCollection
 from PIL import Image
 from torch import Tensor
 
-from detfamily.visualize.canvas import GREEN, Box, mark_box, mark_place, name_row, panels, show, to_picture
+from detfamily.visualize.canvas import GREEN, Box, mark_box, mark_place, name_row, panels, show, to_picture, zoom
 from detfamily.visualize.look import Heat
 
 _COLUMNS = 5
@@ -37,7 +37,8 @@ class Weighed:
 def draw_heat(pixels: Tensor, states: Mapping[str, Weighed], title: str) -> Image.Image:
     """Draw the weights, the mean of the heads and each of them, in rows for each state of the detector.
 
-    Where an attention cannot look everywhere, as one in windows, a line is drawn around what it sees.
+    Where an attention cannot look everywhere, as one in windows, a line is drawn around what it sees, and the panels of
+    the heads show its surroundings.
 
     Args:
         pixels: (3, H, W) uint8.
@@ -52,19 +53,22 @@ def draw_heat(pixels: Tensor, states: Mapping[str, Weighed], title: str) -> Imag
     figure, rows = panels(count, columns, pixels, title, side=2.2, legend=0.2 * count)
     for index, (name, state) in enumerate(states.items()):
         block = rows[index * rows_each : (index + 1) * rows_each]
-        name_row(block[0][0], name)
+        name_row(block[0][0], name + _shares(state.heats))
+        seen = _seen(state.heats)
         for number, axes in enumerate(axes for row in block for axes in row):
             if number >= len(maps[name]):
                 axes.set_axis_off()
                 continue
             heat = maps[name][number]
-            words = _shares(state.heats) if number == 0 else f"head {number - 1}"
-            show(axes, pixels, f"{words}, max {_short(float(heat.max()))}", grey=True, dim=0.15)
+            words = "mean of heads" if number == 0 else f"head {number - 1}"
+            show(axes, pixels, f"{words}, max {float(heat.max()):.2g}", grey=True, dim=0.15)
             _overlay(axes, heat, pixels)
             if state.box is not None:
                 mark_box(axes, state.box, pixels, GREEN, width=1.1)
             if state.reference is not None:
                 mark_place(axes, state.reference[:2], pixels)
+            if number > 0:
+                zoom(axes, seen, pixels)
     return to_picture(figure)
 
 
@@ -89,14 +93,19 @@ def _with_mean(weights: Tensor) -> list[Tensor]:
 
 
 def _shares(heats: Sequence[Heat]) -> str:
-    if len(heats) == 1:
-        return "mean of heads"
+    """What levels get, where there are several."""
     shares = " ".join(f"{float(heat.weights.sum((1, 2)).mean()):.0%}" for heat in heats)
-    return f"mean; levels {shares}"
+    return "" if len(heats) == 1 else f"\nlevels {shares}"
 
 
-def _short(weight: float) -> str:
-    return f"{weight:.2f}" if weight >= 0.01 else f"{weight:.0e}"
+def _seen(heats: Sequence[Heat]) -> Tensor:
+    """(n, 2) x, y in (0, 1) of the corners of all cells that have any weight."""
+    found = []
+    for heat in heats:
+        h, w = heat.weights.shape[-2:]
+        cells = (heat.weights > 0).any(0).nonzero().cpu()
+        found += [(cells + step).flip(-1) / torch.tensor([w, h]) for step in (0, 1)]
+    return torch.cat(found)
 
 
 def _overlay(axes: Axes, heat: Tensor, pixels: Tensor) -> None:

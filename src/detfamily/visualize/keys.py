@@ -28,6 +28,8 @@ from detfamily.visualize.look import Keys
 from detfamily.visualize.sampling import Key, Point, dot, head_color, level_color, scatter, weight_legend
 
 _KEYS: tuple[Key, ...] = ("head", "weight")
+_GROUPS = 3
+"""Panels at the most."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Moved:
 
 
 def draw_keys(pixels: Tensor, states: Mapping[str, Moved], title: str) -> Image.Image:
-    """Draw the reference grid and the moved keys of each group, and the weights of one token's heads on them.
+    """Draw the grid and the moved keys, a panel for each group, and the weights that one token's heads give them.
 
     Args:
         pixels: (3, H, W) uint8.
@@ -54,52 +56,46 @@ def draw_keys(pixels: Tensor, states: Mapping[str, Moved], title: str) -> Image.
         title: of the picture.
     """
     largest = max(float(state.keys.weights.max()) for state in states.values())
-    figure, rows = panels(len(states), 3, pixels, title, side=3.3, legend=0.25)
+    first = next(iter(states.values()))
+    heads, groups = len(first.keys.weights), min(len(first.keys.places), _GROUPS)
+    titles = [f"keys of group {group}" for group in range(groups)] if groups > 1 else ["keys"]
+    titles += ["one token's weights, by head", "by weight"]
+    figure, rows = panels(len(states), len(titles), pixels, title, legend=0.25)
     for row, (name, state) in zip(rows, states.items(), strict=True):
-        for axes, words in zip(row, ("keys and their grid", "one token's weights, by head", "by weight"), strict=True):
+        for axes, words in zip(row, titles, strict=True):
             show(axes, pixels, words if row is rows[0] else "", grey=True)
-        _grid(row[0], state.keys, pixels)
+        for group in range(groups):
+            _grid(row[group], state.keys, group, pixels)
         points = _points(state.keys, pixels)
-        for axes, key in zip(row[1:], _KEYS, strict=True):
+        for axes, key in zip(row[groups:], _KEYS, strict=True):
             scatter(axes, points, largest, key)
             mark_place(axes, state.reference, pixels)
             if state.box is not None:
                 mark_box(axes, state.box, pixels, GREEN)
         name_row(row[0], name)
-    first = next(iter(states.values()))
-    heads, groups = len(first.keys.weights), len(first.keys.places)
     grid = Line2D([], [], marker="o", linestyle="", markerfacecolor="none", color="black", markersize=4, label="grid")
-    legend_below(rows[-1][0], [grid, *(dot(level_color(g), f"group {g}") for g in range(groups))], 5)
-    legend_below(rows[-1][1], [dot(head_color(m, heads), f"head {m}") for m in range(heads)], 6)
-    legend_below(rows[-1][2], [*weight_legend(largest), *marks(first.reference, first.box)], 5)
+    legend_below(rows[-1][0], [grid, dot(level_color(0), "moved")], 2)
+    legend_below(rows[-1][-2], [dot(head_color(m, heads), f"head {m}") for m in range(heads)], 4)
+    legend_below(rows[-1][-1], [*weight_legend(largest), *marks(first.reference, first.box)], 5)
     return to_picture(figure)
 
 
-def _grid(axes: Axes, keys: Keys, pixels: Tensor) -> None:
+def _grid(axes: Axes, keys: Keys, group: int, pixels: Tensor) -> None:
     scale = torch.tensor([pixels.shape[2], pixels.shape[1]])
-    start = keys.start.cpu() * scale
-    for group, places in enumerate(keys.places.cpu() * scale):
-        moves = torch.stack([start, places], 1).tolist()
-        color = level_color(group)
-        axes.add_collection(LineCollection(moves, colors=color, linewidths=0.8, alpha=0.8))
+    start, places = keys.start.cpu() * scale, keys.places[group].cpu() * scale
+    color = level_color(group)
+    axes.add_collection(LineCollection(torch.stack([start, places], 1).tolist(), colors=color, linewidths=0.7))
+    size = 14 * min(1, 100 / len(start))
+    for points, face in ((start, "none"), (places, color)):
         axes.scatter(
-            places[:, 0].tolist(),
-            places[:, 1].tolist(),
-            s=14,
-            color=color,
+            points[:, 0].tolist(),
+            points[:, 1].tolist(),
+            s=size,
+            facecolors=face,
             edgecolors="black",
-            linewidths=0.3,
+            linewidths=0.4,
             zorder=3,
         )
-    axes.scatter(
-        start[:, 0].tolist(),
-        start[:, 1].tolist(),
-        s=16,
-        facecolors="none",
-        edgecolors="black",
-        linewidths=0.6,
-        zorder=4,
-    )
 
 
 def _points(keys: Keys, pixels: Tensor) -> list[Point]:

@@ -27,11 +27,12 @@ from detfamily.visualize.canvas import (
     name_row,
     panels,
     show,
-    surroundings,
     to_picture,
+    zoom,
 )
 
 _LEVELS = ("#e69f00", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#f0e442", "#56b4e9", "#000000")
+_CROWD = 200
 _WEIGHTS = colormaps["inferno_r"]
 
 Key = Literal["head", "level", "weight"]
@@ -69,14 +70,12 @@ def draw_sampling(pixels: Tensor, states: Mapping[str, Sampled], title: str) -> 
     figure, rows = panels(len(states), 4, pixels, title, legend=0.25)
     for row, (name, state) in zip(rows, states.items(), strict=True):
         points = _points(state.sampling, pixels)
-        corners = _corners(state)
-        shown = surroundings(torch.cat([state.sampling.locations.reshape(-1, 2).cpu(), corners]), pixels)
+        everything = torch.cat([state.sampling.locations.reshape(-1, 2).cpu(), _corners(state)])
         for axes, words in zip(row, ("", "by head", "by level", "by weight"), strict=True):
             show(axes, pixels, words if row is rows[0] else "", grey=axes is not row[0])
             _mark(axes, state, pixels)
             if axes is not row[0]:
-                left, top, right, bottom = _in_proportion(shown, pixels)
-                axes.set(xlim=(left, right), ylim=(bottom, top))
+                zoom(axes, everything, pixels)
         for axes, key in zip(row[1:], KEYS, strict=True):
             scatter(axes, points, largest, key)
         name_row(row[0], name)
@@ -124,7 +123,7 @@ def scatter(axes: Axes, points: Sequence[Point], largest: float, key: Key) -> No
     axes.scatter(
         [one.x for one in points],
         [one.y for one in points],
-        s=[_area(share) for share in shares],
+        s=[_area(share, len(points)) for share in shares],
         c=[to_rgba(color, 0.45 + 0.55 * share) for color, share in zip(colors[key], shares, strict=True)],
         edgecolors="black",
         linewidths=0.4,
@@ -137,18 +136,6 @@ def _corners(state: Sampled) -> Tensor:
     boxes = [one for one in (state.reference, state.box) if one is not None and len(one) == 4]
     corners = to_xyxy(torch.tensor(boxes)).view(-1, 2) if boxes else torch.zeros(0, 2)
     return torch.cat([corners, torch.tensor([state.reference[:2]])])
-
-
-def _in_proportion(shown: tuple[float, float, float, float], pixels: Tensor) -> tuple[float, float, float, float]:
-    """Wider or higher, so that panels have the proportions of the image; no more than the whole image."""
-    height, width = pixels.shape[1:]
-    left, top, right, bottom = shown
-    factor = (right - left) / min(height, width)
-    if factor >= 1:
-        return 0, 0, width, height
-    x = min(max((left + right - factor * width) / 2, 0), (1 - factor) * width)
-    y = min(max((top + bottom - factor * height) / 2, 0), (1 - factor) * height)
-    return x, y, x + factor * width, y + factor * height
 
 
 def _mark(axes: Axes, state: Sampled, pixels: Tensor) -> None:
@@ -173,8 +160,9 @@ def _weight_color(share: float) -> str:
     return to_hex(_WEIGHTS(0.1 + 0.8 * share))
 
 
-def _area(share: float) -> float:
-    return 8 + 72 * share
+def _area(share: float, count: int = 1) -> float:
+    """Of a point among so many: in a crowd all are smaller."""
+    return (8 + 72 * share) * min(1, _CROWD / count)
 
 
 def dot(color: str, label: str, size: float = 5.0) -> Line2D:
@@ -184,4 +172,4 @@ def dot(color: str, label: str, size: float = 5.0) -> Line2D:
 
 def weight_legend(largest: float) -> list[Line2D]:
     """Points of some weights, for a legend."""
-    return [dot(_weight_color(share), f"{share * largest:.2f}", _area(share) ** 0.5) for share in (0.1, 0.5, 1.0)]
+    return [dot(_weight_color(share), f"{share * largest:.2g}", _area(share) ** 0.5) for share in (0.1, 0.5, 1.0)]
