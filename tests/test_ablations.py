@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -353,7 +354,7 @@ NEEDS |= {
 
 SHAPES_ONLY = (
     *("backbone=resnet101", "backbone=resnext101_64x4d"),
-    *(f"backbone={name}" for name in groups()["backbone"] if name.startswith(("swin_s", "swin_b", "swin_l"))),
+    *(f"backbone={name}" for name in groups()["backbone"] if re.match(r"(swin|dat|datpp)_[sbl]", name)),
 )
 """Too large for a step in a quick test: they run without memory or numbers, on the meta device."""
 
