@@ -103,7 +103,8 @@ def by_loops(module: DeformableAttention, x: Tensor, pos: Tensor | None = None, 
                         elif of_2022 and factor == 0:
                             place.append(start + offset)
                         else:
-                            place.append(start + offset.tanh() / steps * factor)
+                            distance = torch.tensor(1 / steps).double()  # officially of the default type, float32
+                            place.append(start + offset.tanh() * distance * factor)
                     places[-1].append((place[0], place[1]))
         count = len(places[0])
         keys, values = ([torch.zeros(width).double()] * count for _ in range(2))
