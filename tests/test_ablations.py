@@ -352,6 +352,13 @@ NEEDS |= {
     for name in groups()["query_scale"]
 }
 
+NEEDS |= {
+    # or a block may be left out for both images, and no gradient reaches it
+    f"backbone={name}": ["backbone.drop_path=0"]
+    for name in groups()["backbone"]
+    if re.match("swin|dat", name)
+}
+
 SHAPES_ONLY = (
     *("backbone=resnet101", "backbone=resnext101_64x4d"),
     *(f"backbone={name}" for name in groups()["backbone"] if re.match(r"(swin|dat|datpp)_[sbl]", name)),
