@@ -178,7 +178,7 @@ COMMANDS = {
             "train",
             "detfamily.matrix.command:matrix",
             (
-                "",
+                "backbones=[resnet18,swin_t]",
                 "families=[detr,dino] attentions=[dense,ms_deform,[ms_deform,dense]] backbones=[resnet18] jobs=2",
                 "'families=[detr,\"deformable_detr decoder=refine\"]' columns=neck size=[256,256]",
                 "columns=cross_attention backbones=[small] model.num_points=2",

@@ -34,6 +34,9 @@ OK, REFUSED, FAILED = "ok", "refused", "failed"
 OFF_ZERO = 0.02
 """Added noise: some weights start at zero, and hide from the first gradient what lies before them."""
 
+SHOWN = 6
+"""Parameters without a gradient that a remark names."""
+
 _PACKAGE = Path(detfamily.__file__).resolve().parent
 
 
@@ -148,7 +151,7 @@ def measure(cfg: DictConfig, settings: Settings) -> Figures:
         seconds=seconds,
         loss=loss,
         remark="; ".join([*step.remarks, *unread(step.detector)]),
-        device=runtime.describe(),
+        device=runtime.describe().partition(", " + runtime.precision)[0] + f", {runtime.precision}",
     )
 
 
@@ -181,7 +184,8 @@ class Step:
         losses.total.backward()
         idle = check_gradients(self.detector)
         if idle:
-            self.remarks.append(f"gradients are zero here: {', '.join(idle)}")
+            more = f", ... ({len(idle)} in all)" if len(idle) > SHOWN else ""
+            self.remarks.append(f"no gradient here: {', '.join(idle[:SHOWN])}{more}")
         before = {name: one.detach().clone() for name, one in self.detector.named_parameters()}
         self.update()
         check_changes(before, self.detector, idle)

@@ -32,7 +32,7 @@ class Measure:
 
 MEASURES = (
     Measure("parameters", "parameters, M", 1e6, 2),
-    Measure("multiply_adds", "GFLOPs", 1e9, 2),
+    Measure("multiply_adds", "GFLOPs", 1e9, 3),
     Measure("kept_bytes", "kept for backward, MiB", 2**20, 1),
     Measure("peak_bytes", "peak, MiB", 2**20, 1),
     Measure("seconds", "training step, ms", 1e-3, 0),
