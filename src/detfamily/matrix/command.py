@@ -10,13 +10,15 @@ from detfamily.errors import ConfigError
 from detfamily.experiments.results import slug
 from detfamily.experiments.version import PACKAGE, Code, code_version, hash_files
 from detfamily.files import write_text_atomically
-from detfamily.matrix.cell import FAILED, Outcome, examine
+from detfamily.matrix.cell import FAILED, Outcome
 from detfamily.matrix.report import as_text, line_of, write_report
 from detfamily.matrix.request import Cell, Request, check_names, read_request
 from detfamily.matrix.results import Results
-from detfamily.matrix.workers import Examine, examine_all
+from detfamily.matrix.workers import examine_all
 
 FAILURES = "failures"
+
+Work = Callable[[Sequence[Cell], int, Callable[[Cell, Outcome], None]], None]
 
 
 def matrix(words: Sequence[str]) -> None:
@@ -33,13 +35,18 @@ def matrix(words: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-def go(request: Request, examine: Examine = examine, identity: Callable[[], str] | None = None) -> int:
+def files_identity() -> str:
+    """The present package and configs: whatever changes there may change a cell."""
+    return f"{hash_files(PACKAGE)}{hash_files(configs_dir())}"
+
+
+def go(request: Request, work: Work = examine_all, identity: Callable[[], str] = files_identity) -> int:
     """Examine the cells, and print and write how they ended.
 
     Args:
         request: what was typed.
-        examine: what is done with a cell; a function of a module.
-        identity: says the present code; the files of the package and the configs by default.
+        work: goes through the cells, with so many jobs, and calls back after each.
+        identity: says the present code.
 
     Returns:
         The exit status: 1 if a cell failed.
@@ -48,7 +55,6 @@ def go(request: Request, examine: Examine = examine, identity: Callable[[], str]
         ConfigError: a name that does not exist; in the middle of the work, the code has changed.
     """
     check_names(request)
-    identity = identity or files_identity
     code = Code(identity(), code_version().commit)
     cells, results = request.cells(), Results(request.folder, code)
     done = {one["key"] for one in results.of(cells) if one["status"] != FAILED}
@@ -68,17 +74,12 @@ def go(request: Request, examine: Examine = examine, identity: Callable[[], str]
             write_text_atomically(log, outcome.details or f"{outcome.reason}\n")
             say(f"  {log}")
 
-    examine_all(to_do, request.jobs, ended, examine)
+    work(to_do, request.jobs, ended)
     records = results.of(cells)
     say(f"\n{as_text(records)}\n\n{results.path}")
     for file in write_report(request, records, code.commit):
         say(str(file))
     return 1 if any(one["status"] == FAILED for one in records) else 0
-
-
-def files_identity() -> str:
-    """The present package and configs: whatever changes there may change a cell."""
-    return f"{hash_files(PACKAGE)}{hash_files(configs_dir())}"
 
 
 def describe(request: Request, count: int, to_do: int, commit: str) -> str:

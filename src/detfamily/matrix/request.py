@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +173,9 @@ def check_names(request: Request) -> None:
     for axis, entry in ((axis, entry) for axis, entries in axes.items() for entry in entries):
         if (axis, entry) in fits:
             continue
-        errors = [_composition_error(request, one) for one in _diagonal({**axes, axis: (entry,)})]
-        if all(errors):
+        tried = list(_diagonal({**axes, axis: (entry,)}))
+        errors = [_composition_error(request, one) for one in tried]
+        if all(errors) and _composition_error(replace(request, below=(), above=()), tried[0]):
             raise ConfigError(f"{axis}: {entry.text!r}: {errors[0]}")
 
 

@@ -37,17 +37,17 @@ class Worker:
         self.cell = cell
         self.connection.send(cell)
 
-    def result(self) -> Outcome:
-        """The outcome of the cell, when there is something to read; a process that is gone has failed."""
-        self.cell = None
+    def result(self) -> tuple[Cell, Outcome]:
+        """The cell and its outcome, when there is something to read; a process that is gone has failed."""
+        cell, self.cell = self.cell, None
+        assert cell is not None
         try:
-            outcome: Outcome = self.connection.recv()
-            return outcome
+            return cell, self.connection.recv()
         except (EOFError, OSError):
             self.process.join()
             code = self.process.exitcode or 0
             ended = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
-            return Outcome(FAILED, f"its process is gone: {ended}")
+            return cell, Outcome(FAILED, f"its process is gone: {ended}")
 
     def stop(self) -> None:
         """End the process, whatever it does."""
@@ -69,20 +69,22 @@ def examine_all(
     """
     waiting = list(cells)[::-1]
     threads = None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
-    workers = [Worker(threads, examine) for _ in range(min(jobs, len(waiting)))]
+    workers: list[Worker] = []
     try:
         while waiting or any(one.cell for one in workers):
-            for one in workers:
-                if one.cell is None and waiting:
-                    one.start(waiting.pop())
-            busy = {one.connection: one for one in workers if one.cell is not None}
-            for connection in wait(list(busy)):
-                worker = busy[connection]  # type: ignore[index]
-                cell, outcome = worker.cell, worker.result()
-                assert cell is not None
-                if not worker.process.is_alive():
-                    worker.stop()
-                    workers[workers.index(worker)] = Worker(threads, examine)
+            free = [one for one in workers if one.cell is None]
+            while waiting and (free or len(workers) < jobs):
+                if not free:
+                    free = [Worker(threads, examine)]
+                    workers += free
+                free.pop().start(waiting.pop())
+            busy = [one for one in workers if one.cell is not None]
+            heard = wait([one.connection for one in busy])
+            for one in (one for one in busy if one.connection in heard):
+                cell, outcome = one.result()
+                if not one.process.is_alive():
+                    one.stop()
+                    workers.remove(one)
                 ended(cell, outcome)
     finally:
         for one in workers:
