@@ -174,7 +174,7 @@ COMMANDS = {
         ),
         Command(
             "matrix",
-            "build and train families x attentions x backbones for a step each: what goes together, and what it costs",
+            "take a step of families x attentions x backbones: what goes together, and what it costs",
             "train",
             "detfamily.matrix.command:matrix",
             (

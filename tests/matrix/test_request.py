@@ -26,7 +26,7 @@ def test_an_entry_brings_overrides_which_stand_between_those_of_all_cells() -> N
         "families=[detr,'deformable_detr decoder=refine']",
         "attentions=[[ms_deform,dense],'encoder_position=none']",
     ]
-    request = read_request([*words, "backbones=[small]", "overrides=[model.num_points=3]", "model.num_queries=7"])
+    request = read_request([*words, "backbones=[small]", "overrides=['model.num_points=3']", "model.num_queries=7"])
     cell = request.cells()[2]
     assert (cell.family, cell.attention) == ("deformable_detr decoder=refine", "[ms_deform,dense]")
     assert cell.overrides == (
