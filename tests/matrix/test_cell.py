@@ -112,13 +112,13 @@ class Toy(nn.Module):
         self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
 
 
-def test_gradients_that_are_missing_zero_or_not_finite() -> None:
+def test_gradients_that_are_missing_or_not_finite() -> None:
     toy = Toy()
     toy.used.sum().backward()
     with pytest.raises(BrokenError, match="no gradient reaches unused"):
         check_gradients(toy)
     (toy.unused * 0).sum().backward()
-    assert check_gradients(toy) == ["unused"]
+    check_gradients(toy)
     toy.used.grad = torch.tensor([1.0, float("nan")])
     with pytest.raises(BrokenError, match="gradient of used is not finite"):
         check_gradients(toy)
@@ -127,14 +127,15 @@ def test_gradients_that_are_missing_zero_or_not_finite() -> None:
 def test_a_step_that_does_nothing_or_too_much() -> None:
     toy = Toy()
     before = {name: one.detach().clone() for name, one in toy.named_parameters()}
+    toy.used.grad, toy.unused.grad = torch.tensor([0.0, 1e-3]), torch.tensor([0.0, 1e-10])
     with pytest.raises(BrokenError, match="a step leaves used as it was"):
-        check_changes(before, toy, ["unused"])
+        check_changes(before, toy)
     with torch.no_grad():
         toy.used.add_(1)
-    check_changes(before, toy, ["unused"])
+    assert check_changes(before, toy) == ["unused"]
     toy.frozen.add_(1)
     with pytest.raises(BrokenError, match="frozen is frozen"):
-        check_changes(before, toy, ["unused"])
+        check_changes(before, toy)
 
 
 def test_numbers_that_are_none() -> None:

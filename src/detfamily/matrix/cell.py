@@ -34,8 +34,11 @@ OK, REFUSED, FAILED = "ok", "refused", "failed"
 OFF_ZERO = 0.02
 """Added noise: some weights start at zero, and hide from the first gradient what lies before them."""
 
+NEGLIGIBLE = 1e-8
+"""A clipped gradient that AdamW's epsilon outweighs: as much is left by rounding where the exact gradient is zero."""
+
 SHOWN = 6
-"""Parameters without a gradient that a remark names."""
+"""Parameters with nothing to learn that a remark names."""
 
 _PACKAGE = Path(detfamily.__file__).resolve().parent
 
@@ -133,7 +136,7 @@ def measure(cfg: DictConfig, settings: Settings) -> Figures:
     runtime.apply()
     seed_all(cfg.seed)
     step = Step(cfg, settings, runtime)
-    kept, loss = step.first()
+    kept, loss, idle = step.first()
     peak = None
     if step.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(step.device)
@@ -150,9 +153,14 @@ def measure(cfg: DictConfig, settings: Settings) -> Figures:
         peak_bytes=peak,
         seconds=seconds,
         loss=loss,
-        remark="; ".join([*step.remarks, *unread(step.detector)]),
+        remark="; ".join([*_idle_words(idle), *unread(step.detector)]),
         device=runtime.describe().partition(", " + runtime.precision)[0] + f", {runtime.precision}",
     )
+
+
+def _idle_words(names: list[str]) -> list[str]:
+    more = f", ... ({len(names)} in all)" if len(names) > SHOWN else ""
+    return [f"nothing to learn here: {', '.join(names[:SHOWN])}{more}"] if names else []
 
 
 class Step:
@@ -174,25 +182,25 @@ class Step:
         self.recipe: AdamW = build(cfg.optimizer)
         self.optimizer = self.recipe.build(self.detector)
         self.batch = make_batch(settings.size, settings.batch_size, settings.num_classes).to(self.device)
-        self.remarks: list[str] = []
 
-    def first(self) -> tuple[int, float]:
-        """The step that is checked; returns the bytes kept for the backward pass, and the loss."""
+    def first(self) -> tuple[int, float, list[str]]:
+        """The step that is checked.
+
+        Returns:
+            The bytes kept for the backward pass, the loss, and the parameters that have nothing to learn.
+        """
         with counting_kept(self.detector) as kept:
             predictions, losses = self.forward()
         check_finite(predictions, losses)
         losses.total.backward()
-        idle = check_gradients(self.detector)
-        if idle:
-            more = f", ... ({len(idle)} in all)" if len(idle) > SHOWN else ""
-            self.remarks.append(f"no gradient here: {', '.join(idle[:SHOWN])}{more}")
+        check_gradients(self.detector)
         before = {name: one.detach().clone() for name, one in self.detector.named_parameters()}
         self.update()
-        check_changes(before, self.detector, idle)
-        return kept(), losses.total.item()
+        return kept(), losses.total.item(), check_changes(before, self.detector)
 
     def timed(self) -> float:
         """Seconds of one step."""
+        self.optimizer.zero_grad()
         self.wait()
         started = time.perf_counter()
         self.forward()[1].total.backward()
@@ -210,7 +218,6 @@ class Step:
         """Clip and step."""
         clip_gradients(self.detector.parameters(), self.recipe.clip_norm)
         self.optimizer.step()
-        self.optimizer.zero_grad()
 
     def wait(self) -> None:
         """Let the device finish."""
@@ -273,36 +280,42 @@ def check_finite(predictions: dict[str, Predictions], losses: Losses) -> None:
             raise BrokenError(f"the loss {name!r} is not finite")
 
 
-def check_gradients(detector: nn.Module) -> list[str]:
-    """Refuse trained parameters without a gradient; returns those whose gradient is zero everywhere.
+def check_gradients(detector: nn.Module) -> None:
+    """Refuse trained parameters without a finite gradient, and frozen ones with any.
+
+    Raises:
+        BrokenError: with the parameter's name.
+    """
+    for name, one in detector.named_parameters():
+        if one.requires_grad and one.grad is None:
+            raise BrokenError(f"no gradient reaches {name}")
+        if one.grad is not None and not one.requires_grad:
+            raise BrokenError(f"{name} is frozen, and got a gradient")
+        if one.grad is not None and not one.grad.isfinite().all():
+            raise BrokenError(f"the gradient of {name} is not finite")
+
+
+def check_changes(before: dict[str, Tensor], detector: nn.Module) -> list[str]:
+    """Refuse a step that leaves a parameter with a gradient as it was, or changes a frozen one.
+
+    Args:
+        before: all parameters before the step.
+        detector: after it, with the gradients of the step.
+
+    Returns:
+        The parameters that have nothing to learn here, whose gradient is zero up to rounding.
 
     Raises:
         BrokenError: with the parameter's name.
     """
     idle = []
     for name, one in detector.named_parameters():
-        if one.requires_grad and one.grad is None:
-            raise BrokenError(f"no gradient reaches {name}")
-        if one.grad is None:
-            continue
-        if not one.requires_grad:
-            raise BrokenError(f"{name} is frozen, and got a gradient")
-        if not one.grad.isfinite().all():
-            raise BrokenError(f"the gradient of {name} is not finite")
-        if not one.grad.any():
-            idle.append(name)
-    return idle
-
-
-def check_changes(before: dict[str, Tensor], detector: nn.Module, idle: list[str]) -> None:
-    """Refuse a step that leaves a parameter with a gradient as it was, or changes a frozen one.
-
-    Raises:
-        BrokenError: with the parameter's name.
-    """
-    for name, one in detector.named_parameters():
         changed = not torch.equal(one.detach(), before[name])
-        if one.requires_grad and name not in idle and not changed:
+        if one.grad is None:
+            if changed:
+                raise BrokenError(f"{name} is frozen, and a step changed it")
+        elif float(one.grad.abs().max()) < NEGLIGIBLE:
+            idle.append(name)
+        elif not changed:
             raise BrokenError(f"a step leaves {name} as it was")
-        if not one.requires_grad and changed:
-            raise BrokenError(f"{name} is frozen, and a step changed it")
+    return idle
