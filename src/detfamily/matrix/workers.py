@@ -95,9 +95,8 @@ def _serve(connection: Connection, threads: int | None, examine: Examine) -> Non
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
     if threads is not None:
         torch.set_num_threads(threads)
-    while True:
-        try:
-            cell = connection.recv()
-        except EOFError:  # the first process is gone
-            return
-        connection.send(examine(cell))
+    try:
+        while True:
+            connection.send(examine(connection.recv()))
+    except (EOFError, BrokenPipeError):  # the first process is gone
+        return
