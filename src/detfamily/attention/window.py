@@ -32,8 +32,8 @@ class WindowAttention(MapAttention):
         embed_dim: the width C of the tokens.
         num_heads: heads M; must divide embed_dim.
         window_size: side of a window, in tokens.
-        shift: of the windows to the lower right, in tokens: 0, or half a window in every other layer. It stays the same
-            on a map smaller than a window.
+        shift: of the windows to the lower right, in tokens: 0, or half a window in every other layer, which None stands
+            for. It stays the same on a map smaller than a window.
         qkv_bias: whether queries, keys and values have biases.
         position_bias: whether logits depend on the relative position.
 
@@ -46,12 +46,13 @@ class WindowAttention(MapAttention):
         embed_dim: int,
         num_heads: int,
         window_size: int,
-        shift: int = 0,
+        shift: int | None = 0,
         qkv_bias: bool = True,
         position_bias: bool = True,
     ) -> None:
         super().__init__()
         check_heads(embed_dim, num_heads)
+        shift = window_size // 2 if shift is None else shift
         if window_size < 1 or not 0 <= shift < window_size:
             raise ValueError(
                 f"window_size={window_size}, shift={shift}: expected at least one token, and a shift of 0 to "
@@ -80,7 +81,7 @@ class WindowAttention(MapAttention):
         qkv = qkv.index_select(1, windows.tokens)
         qkv = qkv.view(-1, self.window_size**2, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
-        out = _attend(q, k, v, self._added(windows, batch, q.dtype, padding_mask))
+        out = attend(q, k, v, self._added(windows, batch, q.dtype, padding_mask))
         projected: Tensor = self.proj(out.reshape(batch, len(windows.tokens), -1).index_select(1, windows.places))
         return projected.view(x.shape)
 
@@ -110,8 +111,8 @@ def _padded(x: Tensor, windows: Windows) -> Tensor:
     return F.pad(tokens, (0, 0, 0, 1)) if windows.overhang else tokens
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None) -> Tensor:
-    """(B * windows, n, C) of all heads.
+def attend(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None) -> Tensor:
+    """(B, N, C) of all heads, from those of queries, keys and values (B, M, N, C / M) and what is added to the logits.
 
     PyTorch's fused kernel for CPUs gives no gradient to what is added, and what then takes its place passes over the
     logits three times more than is needed.
