@@ -173,6 +173,19 @@ COMMANDS = {
             assumed=("data.root=.",),
         ),
         Command(
+            "matrix",
+            "take a step of families x attentions x backbones: what goes together, and what it costs",
+            "train",
+            "detfamily.matrix.command:matrix",
+            (
+                "backbones=[resnet18,swin_t]",
+                "families=[detr,dino] attentions=[dense,ms_deform,[ms_deform,dense]] backbones=[resnet18] jobs=2",
+                "'families=[detr,\"deformable_detr decoder=refine\"]' columns=neck size=[256,256]",
+                "columns=cross_attention backbones=[small] model.num_points=2",
+            ),
+            composed=False,
+        ),
+        Command(
             "doctor",
             "show what is installed and which code computes the op, and check it; status 1 if it is wrong",
             None,
