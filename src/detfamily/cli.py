@@ -106,6 +106,18 @@ COMMANDS = {
             composed=False,
         ),
         Command(
+            "visualize",
+            "draw what a detector looks at: sampling points, attention maps, boxes layer by layer",
+            "train",
+            "detfamily.visualize.command:visualize",
+            (
+                "checkpoint=runs/dino/best.pt source=photo.jpg",
+                "checkpoint=runs/detr/best.pt source=photos what=[boxes,cross_attention] layer=-1 queries=4",
+                "checkpoint=runs/dino/best.pt source=photo.jpg what=encoder_attention place=[120,80] level=1",
+            ),
+            composed=False,
+        ),
+        Command(
             "check-data",
             "name every bad image and box of a data set, and say what it holds; status 1 if something is wrong",
             "train",

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -24,6 +24,7 @@ from detfamily.checkpoints.transfer import Initial, Report, read_initial, start_
 from detfamily.config import build, to_container, validate
 from detfamily.criterion import Losses, Normalizer
 from detfamily.data.loader import naming_lost_workers, train_loader, validation_loader
+from detfamily.detector import Detector
 from detfamily.engine import checkpoint
 from detfamily.engine.collapse import collapse_words
 from detfamily.engine.diagnosis import NOTHING, StepRecord, diagnose
@@ -73,6 +74,9 @@ from detfamily.tracking.files import EPOCHS, read_rows
 from detfamily.tracking.tracker import RunInfo, Tracker
 from detfamily.tracking.trackers import Trackers
 from detfamily.visualize.curves import plot_curves
+from detfamily.visualize.examples import draw_attention
+from detfamily.visualize.explain import Request
+from detfamily.visualize.look import attentions_of
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -133,6 +137,9 @@ class Trainer:
         seed_all(cfg.seed)
         self.initial: Report | None = None
         self.detector = self._build_detector(state, given).to(self.device)
+        self.request = Request(cfg.visualization.what, count=cfg.visualization.queries)
+        if cfg.visualization.every is not None:
+            self.request.kinds(attentions_of(cast("Detector", self.detector)))
         self.criterion = build_criterion(cfg).to(self.device)
         self.postprocess = build_postprocess(cfg)
         self.optimizer = self.recipe.build(self.detector)
@@ -201,6 +208,7 @@ class Trainer:
                 self.meter.reset()
                 numbers["seconds_left"] = (time.perf_counter() - started) * (self.plan.epochs - self.epoch)
                 self.trackers.log_epoch(numbers, self.epoch, self.step)
+                self.draw_attention()
                 self.keep(numbers.get("AP"))
             numbers = self.finish(numbers)
             completed = True
@@ -428,6 +436,24 @@ class Trainer:
         self.trackers.log_step({**numbers, "lr": lr, "images_seen": self.images_seen}, self.step)
         return f"loss {numbers.get('loss', float('nan')):.3f}"
 
+    def draw_attention(self) -> None:
+        """Draw what the model looks at, after the epochs that ``visualization`` names."""
+        chosen = self.cfg.visualization
+        if chosen.every is None or self.epoch % chosen.every or not self.world.is_main:
+            return
+        pictures = draw_attention(
+            cast("Detector", self.evaluated),
+            self.val_set,
+            cast("nn.Module", self.postprocess.scores),
+            self.data.label_map.by_label(),
+            self.device,
+            self.request,
+            self.start.folder / "visualization" / f"epoch_{self.epoch:04}",
+            chosen.images,
+        )
+        for image_id, path in pictures:
+            self.trackers.log_image(f"visualization/{image_id}", path, self.step)
+
     def finish(self, numbers: dict[str, float]) -> dict[str, float]:
         """Write and show the final results."""
         if self.evaluation is None:  # resumed where nothing was left to train
@@ -605,6 +631,9 @@ def _check_settings(cfg: DictConfig) -> None:
         ("checkpoint.every", 1 if cfg.checkpoint.every is None else cfg.checkpoint.every, 1),
         ("checkpoint.every_seconds", cfg.checkpoint.every_seconds, 0),
         ("tracking.log_every", cfg.tracking.log_every, 1),
+        ("visualization.every", 1 if cfg.visualization.every is None else cfg.visualization.every, 1),
+        ("visualization.images", cfg.visualization.images, 1),
+        ("visualization.queries", cfg.visualization.queries, 1),
     ):
         require_at_least(least, key, value)
     backend, backends_known = cfg.evaluation.backend, get_args(Backend)
