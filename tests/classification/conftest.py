@@ -41,7 +41,7 @@ def tiny(shapes_root) -> list[str]:
 
 @pytest.fixture
 def config(tiny, tmp_path) -> Callable[..., DictConfig]:
-    """The tiny run with further overrides, without the settings of groups that they choose from; its folder is "run"."""
+    """The tiny run with further overrides; choosing a group drops its settings. Its folder is "run"."""
 
     def make(*more: str) -> DictConfig:
         chosen = tuple(f"{one.partition('=')[0]}." for one in more if one.startswith(("backbone=", "data=")))

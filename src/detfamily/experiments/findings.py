@@ -13,6 +13,7 @@ from detfamily.experiments.results import FINISHED, PLAN, Plan, Record
 from detfamily.experiments.scale import scales
 from detfamily.experiments.statistics import Difference, difference
 from detfamily.experiments.table import Table, read_table
+from detfamily.experiments.task import TASKS
 
 USAGE = "detfamily report TABLE.yaml|FOLDER [scale=mini] [output_dir=FOLDER OF THE RUNS]"
 
@@ -33,9 +34,9 @@ class Findings:
     records: tuple[Record, ...]
     left_out: int = 0
 
-    def values(self, label: str, metric: str = "AP") -> dict[int, float]:
-        """Seed -> value in per cent."""
-        return results.values(self.records, label, metric)
+    def values(self, label: str, metric: str | None = None) -> dict[int, float]:
+        """Seed -> value in per cent, of the metric that rows are compared by or of another one."""
+        return results.values(self.records, label, metric or self.table.task.metric)
 
     @property
     def labels(self) -> list[str]:
@@ -47,9 +48,9 @@ class Findings:
         """The same without the baseline."""
         return [label for label in self.labels if label != self.table.baseline]
 
-    def difference(self, label: str, metric: str = "AP") -> Difference:
+    def difference(self, label: str) -> Difference:
         """A row minus the baseline, points."""
-        return difference(self.values(label, metric), self.values(self.table.baseline, metric))
+        return difference(self.values(label), self.values(self.table.baseline))
 
 
 def read_findings(words: Sequence[str]) -> Findings:
@@ -65,8 +66,9 @@ def read_findings(words: Sequence[str]) -> Findings:
         reason = f"{nearest(min(unknown), ['scale', 'output_dir'])}; " if len(places) == 1 else ""
         raise ConfigError(f"{reason}expected one table or one folder of runs\nusage: {USAGE}")
     scale = own.get("scale")
-    if scale is not None and scale not in scales():
-        raise ConfigError(f"there is no scale {scale!r}: {nearest(scale, scales())}")
+    known = {name for task in TASKS.values() for name in scales(task)}
+    if scale is not None and scale not in known:
+        raise ConfigError(f"there is no scale {scale!r}: {nearest(scale, known)}")
     place = Path(places[0]).expanduser()
     if place.is_dir():
         return of_folder(place)

@@ -1,4 +1,4 @@
-"""Pictures of a table: differences beside the published ones, and curves of AP against images seen."""
+"""Pictures of a table: differences beside the published ones, and curves of the metric against images seen."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ DPI = 90
 """Some 30 KB a picture: they are committed."""
 
 
-def plot_differences(found: Mapping[str, Difference], published: Mapping[str, float | None], path: Path) -> None:
+def plot_differences(
+    found: Mapping[str, Difference], published: Mapping[str, float | None], path: Path, metric: str
+) -> None:
     """Draw the difference of each row to the baseline, with its interval, and the published one.
 
     Args:
-        found: label -> ours, points of AP.
+        found: label -> ours, points.
         published: label -> what the source says, where it says it.
         path: the PNG.
+        metric: what differs, in words.
     """
     figure = Figure(figsize=(7, 1.2 + 0.42 * len(found)), layout="constrained")
     axes = figure.subplots()
@@ -37,14 +40,14 @@ def plot_differences(found: Mapping[str, Difference], published: Mapping[str, fl
     axes.set_yticks(range(len(found)), list(found))
     axes.set_ylim(len(found) - 0.5, -0.5)
     # of the whole figure: beside long labels of rows the axes are narrower than these words
-    figure.supxlabel("AP minus the baseline's, points (bars: 95 % interval of the mean)", fontsize="medium")
+    figure.supxlabel(f"{metric} minus the baseline's, points (bars: 95 % interval of the mean)", fontsize="medium")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="best", fontsize=8)
     _save(figure, path)
 
 
-def plot_curves(records: Sequence[Record], labels: Sequence[str], path: Path) -> bool:
-    """Draw AP against the images seen: a thin line per seed, a thick one for their mean.
+def plot_curves(records: Sequence[Record], labels: Sequence[str], path: Path, metric: str) -> bool:
+    """Draw the metric against the images seen: a thin line per seed, a thick one for their mean.
 
     The mean is drawn where all seeds of a row were evaluated.
 
@@ -52,6 +55,7 @@ def plot_curves(records: Sequence[Record], labels: Sequence[str], path: Path) ->
         records: of the runs.
         labels: rows, in the order of the legend.
         path: the PNG.
+        metric: in words.
 
     Returns:
         False where no run has a curve; then nothing is written.
@@ -62,7 +66,7 @@ def plot_curves(records: Sequence[Record], labels: Sequence[str], path: Path) ->
     if not drawn:
         return False
     axes.set_xlabel("images seen")
-    axes.set_ylabel("AP")
+    axes.set_ylabel(metric)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize=8)

@@ -31,6 +31,7 @@ def report(words: Sequence[str]) -> None:
 def write_report(found: Findings) -> list[Path]:
     """Write all files; returns them."""
     page, stem = found.table.path.with_suffix(".md"), found.table.path.stem
+    metric = found.table.task.label
     pictures = page.parent / PICTURES
     files = [page, page.with_suffix(".jsonl")]
     own = {"further": list(found.plan.further)}
@@ -40,11 +41,11 @@ def write_report(found: Findings) -> list[Path]:
     if found.others and found.values(found.table.baseline):
         files.append(pictures / f"{stem}-differences.png")
         published = {label: found.table.published_difference(label) for label in found.others}
-        plot_differences({label: found.difference(label) for label in found.others}, published, files[-1])
+        plot_differences({label: found.difference(label) for label in found.others}, published, files[-1], metric)
         drawn["Differences to the baseline"] = f"{PICTURES}/{files[-1].name}"
-    if plot_curves(found.records, found.labels, pictures / f"{stem}-curves.png"):
+    if plot_curves(found.records, found.labels, pictures / f"{stem}-curves.png", metric):
         files.append(pictures / f"{stem}-curves.png")
-        drawn["AP against images seen: a thin line for each seed, the thick one is their mean"] = (
+        drawn[f"{metric} against images seen: a thin line for each seed, the thick one is their mean"] = (
             f"{PICTURES}/{files[-1].name}"
         )
     write_text_atomically(page, markdown(found, drawn))
