@@ -3,13 +3,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from detfamily.attention import DenseAttention
+from detfamily.attention import DenseAttention, SplitDenseAttention
 from detfamily.blocks.encoder import Encoder, EncoderLayer
 from detfamily.blocks.layers import MLP, FeedForward, PostNorm, PreNorm
 from detfamily.blocks.position import SinePosition
@@ -122,6 +123,18 @@ def test_positions_are_scaled_by_what_each_layers_input_says() -> None:
 def test_without_positions_there_is_nothing_to_scale() -> None:
     encoder, given = Encoder(layer, ATTENTION, 1, nn.Identity(), pos_scale=nn.Linear(WIDTH, WIDTH)), tokens(pos=False)
     torch.testing.assert_close(encoder(given).content, encoder.layers[0](given))
+
+
+def test_attentions_take_turns() -> None:
+    """One for each layer of a list, from the start again where there are more layers."""
+    split = partial(SplitDenseAttention, embed_dim=WIDTH, num_heads=HEADS)
+    encoder = Encoder(layer, [ATTENTION, split], 4, nn.Identity())
+    kinds = [type(cast("EncoderLayer", one).attention) for one in encoder.layers]
+    assert kinds == [DenseAttention, SplitDenseAttention] * 2
+    assert encoder(tokens()).content.shape == (2, 7, WIDTH)
+    for attentions, count in (([ATTENTION, split], 3), ([], 2)):
+        with pytest.raises(ValueError, match=f"lists {len(attentions)} attentions for encoder.num_layers={count}"):
+            Encoder(layer, attentions, count, nn.Identity())
 
 
 @pytest.mark.parametrize("family", ["dab_detr", "dn_dab_detr"])

@@ -769,6 +769,12 @@ def test_contiguous_columns_go_to_their_category_ids(name: str) -> None:
         (["family=dab_detr", "ffn.activation._target_=torch.nn.SiLU"], "transformer_activation is 'torch.nn.SiLU'"),
         (["family=dab_detr", "residual=pre_norm"], "residual._target_"),
         (["family=dab_deformable_detr", "ffn=mlp_prelu"], "without an official counterpart: .*activation"),
+        (["family=deformable_detr", "encoder_attention=dense"], "no such model.*encoder.layers.0.self_attn"),
+        (["family=deformable_detr", "encoder_attention=[dense]"], "no such model.*encoder.layers.0.self_attn"),
+        (
+            ["family=detr", "encoder_attention=[ms_deform_own_level]"],
+            "official counterpart: encoder.layers.0.attention",
+        ),
         (["family=deformable_detr", "neck=fpn"], "without an official counterpart: neck"),
         (["family=deformable_detr", "backbone=small"], "without an official counterpart: backbone"),
     ],

@@ -110,3 +110,28 @@ def test_files_that_change_are_read_again(write_tree, composed):
     with pytest.raises(ConfigError, match="family has no choice 'base'"):
         composed("recipe=new", configs=configs)
     assert composed("recipe=new", "family=narrow", configs=configs).recipe.lr == 7
+
+
+def test_a_list_of_attentions_is_kept_as_a_list():
+    """Each as if it were chosen alone, with what the family sets; fields go by their place."""
+    names = ["ms_deform", "dense", "ms_deform"]
+    cfg = compose("train", [f"encoder_attention=[{','.join(names)}]", "encoder_attention.1.dropout=0.3"])
+    alone = [as_written(compose("train", [f"encoder_attention={name}"]).encoder_attention) for name in names]
+    alone[1]["dropout"] = 0.3
+    assert as_written(cfg.encoder_attention) == alone
+    cfg.model.num_heads = 4
+    assert [one.num_heads for one in cfg.encoder.attention] == [4, 4, 4]
+    validate(cfg)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["encoder_attention=[dense,dence]"], "encoder_attention has no choice 'dence': did you mean 'dense'"),
+        (["encoder_attention=[dense,dense]", "encoder_attention.dropout=0"], "encoder_attention is a list of 2"),
+        (["encoder_attention=[dense,dense]", "encoder_attention.0.dropuot=0"], "'dropout'"),
+    ],
+)
+def test_a_mistake_in_a_list_of_attentions_is_named(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(compose("train", overrides))

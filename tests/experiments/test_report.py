@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from detfamily.errors import ConfigError, DataError
-from detfamily.experiments.findings import read_findings
+from detfamily.experiments.findings import frontier, read_findings
 from detfamily.experiments.page import markdown, reading
 from detfamily.experiments.plots import mean_curve
 from detfamily.experiments.report import report
@@ -119,6 +119,7 @@ def test_all_files_are_written_small_and_the_same_again(put, records, table, cap
     written = [table.path.parent / name for name in capsys.readouterr().out.split()]
     folder = table.path.parent
     names = ["table.md", "table.jsonl", "pictures/table-differences.png", "pictures/table-curves.png"]
+    names += ["pictures/table-tradeoff.png"]
     assert written == [folder / name for name in names]
     before = {file: file.read_bytes() for file in written}
     for file in written[2:]:
@@ -189,3 +190,24 @@ def test_a_mean_curve_is_taken_where_all_have_a_point():
     images, mean = mean_curve([[[10, 0.1], [20, 0.3]], [[10, 0.3], [20, 0.5], [30, 0.9]]])
     assert images == [10, 20] and mean == pytest.approx([0.2, 0.4])
     assert mean_curve([]) == ([], [])
+
+
+def test_what_a_row_costs_and_which_rows_no_other_beats(put, records, table, capsys):
+    speeds = {"plain": 100.0, "refined, well": 80.0, "no NMS": 90.0}
+    given = [{**one, "images_per_second": speeds[one["row"]] + one["seed"]} for one in records]
+    found = put(given)
+    costs = found.tradeoff()
+    assert {label: one.images_per_second for label, one in costs.items()} == {k: v + 1 for k, v in speeds.items()}
+    assert frontier(costs) == ["plain", "refined, well"]  # "no NMS" is as good as plain, and slower
+    page = markdown(found, {})
+    costs_of = page[page.index("## What a row costs") : page.index("## What was run")]
+    assert row_of(costs_of, "refined, well") == ["refined, well", "35.0 ± 1.7", "81.0", "0.50", "3.3", "yes"]
+    assert row_of(costs_of, "no NMS")[-1] == "no"
+    report([str(table.path)])
+    assert "pictures/table-tradeoff.png" in capsys.readouterr().out
+    assert Image.open(table.path.parent / "pictures" / "table-tradeoff.png").size[0] > 300
+
+
+def test_unknown_speeds_are_left_out(put, records):
+    found = put([{**one, "images_per_second": None} for one in records])
+    assert found.tradeoff() == {} and "What a row costs" not in markdown(found, {})

@@ -54,6 +54,13 @@ def test_a_family_alone(capsys) -> None:
     assert "experiment=NAME chooses a recipe" in text
 
 
+def test_a_list_of_attentions_is_shown_one_by_one(capsys) -> None:
+    text = printed(f"family=deformable_detr encoder_attention=[ms_deform,dense] {SMALL} encoder.num_layers=2", capsys)
+    assert re.search(r"^ +attention\.0 +MSDeformAttention embed_dim=32", text, re.MULTILINE)
+    assert re.search(r"^ +attention\.1 +DenseAttention embed_dim=32", text, re.MULTILINE)
+    assert "_target_" not in text
+
+
 def test_a_recipe_that_was_changed_is_not_compared(capsys) -> None:
     text = printed(f"experiment=detr_r50_500ep {SMALL}", capsys)
     assert "41 M parameters, 86 GFLOPs" in text and "here its model was changed" in text

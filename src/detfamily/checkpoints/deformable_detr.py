@@ -178,8 +178,13 @@ def settings(config: Mapping[str, Any], detector: Detector) -> dict[str, Any]:
     common = {key: value for key, value in detr.settings(config, detector).items() if key != "pre_norm"}
     return common | {
         "num_feature_levels": config["model"]["num_levels"],
-        "enc_n_points": config["encoder_attention"].get("num_points", 0),
-        "dec_n_points": config["cross_attention"].get("num_points", 0),
+        "enc_n_points": _points_of(config["encoder_attention"]),
+        "dec_n_points": _points_of(config["cross_attention"]),
         "with_box_refine": detector.decoder.refine,
         "two_stage": isinstance(detector.query_source, ProposalQueries),
     }
+
+
+def _points_of(attention: Any) -> int:
+    """Of other attentions, and of a list of them, there is no official number."""
+    return int(attention.get("num_points", 0)) if isinstance(attention, Mapping) else 0

@@ -66,7 +66,7 @@ def compose(config_name: str, overrides: Sequence[str] = (), configs: Path | Non
     registry = groups_for(config_name, folder)
     parsed = [read_override(text, registry) for text in overrides]
     chosen = [choice(one, registry) for one in parsed if chooses(one, registry)]
-    lists = {one.key_or_group: one.value() for one in parsed if chooses(one, registry) and _lists(one)}
+    lists = {one.key_or_group: names for one in parsed if chooses(one, registry) and (names := _names_listed(one))}
     composed, schema = _compose_groups(folder, config_name, _one_each(chosen, lists), stamps(folder))
     cfg = copy.deepcopy(composed)
     for group, names in lists.items():
@@ -81,12 +81,13 @@ def compose(config_name: str, overrides: Sequence[str] = (), configs: Path | Non
     return cfg
 
 
-def _lists(one: Override) -> bool:
-    """Whether an override of a group chooses a list, to be kept as a list."""
-    return one.key_or_group in LISTS and isinstance(one.value(), list)
+def _names_listed(one: Override) -> list[str]:
+    """The choices of an override whose list is to be kept as a list; none for any other."""
+    value = one.value()
+    return [str(name) for name in value] if one.key_or_group in LISTS and isinstance(value, list) else []
 
 
-def _one_each(chosen: Sequence[str], lists: Mapping[str, Sequence[Any]]) -> tuple[str, ...]:
+def _one_each(chosen: Sequence[str], lists: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     """Overrides of groups, with the first choice alone where a list is chosen: what Hydra can compose."""
     heads = ((line, line.partition("=")[0]) for line in chosen)
     return tuple(f"{group}='{lists[group][0]}'" if group in lists else line for line, group in heads)

@@ -11,14 +11,15 @@ import yaml
 
 from detfamily.errors import ConfigError, nearest
 from detfamily.experiments import results
-from detfamily.experiments.results import FINISHED, LOG, RESULTS, Plan, Record
+from detfamily.experiments.findings import of_folder
+from detfamily.experiments.report import write_report
+from detfamily.experiments.results import FINISHED, LOG, REPORT, RESULTS, Plan, Record
 from detfamily.experiments.runner import LAUNCH, Run, Runner, tail
 from detfamily.experiments.scale import NOT_IDENTITY, Variant, scales, variants
 from detfamily.experiments.statistics import summarize
 from detfamily.experiments.table import Table, read_table
 from detfamily.experiments.version import Code, code_version
 
-HOME = Path("runs") / "ablate"
 USAGE = "detfamily ablate TABLE.yaml scale=mini seeds=3 [rows=LABEL,...] [jobs=1] [output_dir=FOLDER] [overrides]"
 _WORDS = ("scale", "seeds", "rows", "jobs", "output_dir")
 _RUNS_OWN = ("seed", "resume", "experiment")
@@ -97,7 +98,9 @@ def go(request: Request, launch: Sequence[str] = LAUNCH, version: Callable[[], C
         say(forecast(runs, to_do, request.jobs, results.collect(folder)))
         problems = Runner(to_do, request.jobs, say, lambda: gather(folder), launch, version).go()
     say(summary(request.table, plan, results.collect(folder)))
-    say(f"results     {folder / RESULTS}\nreport      detfamily report {folder}")
+    say(f"results     {folder / RESULTS}")
+    if any(plan.holds(one) and one["status"] == FINISHED for one in results.collect(folder)):
+        say(f"report      {write_report(of_folder(folder, request.table), folder / REPORT)[0]}")
     for run in runs:
         if run.name in problems:
             log = tail(run.folder / LOG)
@@ -138,14 +141,9 @@ def read_request(words: Sequence[str]) -> Request:
     known = scales(table.task)
     if scale not in known:
         raise ConfigError(f"scale={scale or '?'}: {nearest(scale, known)}\nusage: {USAGE}")
-    folder = Path(own["output_dir"]).expanduser() if own.get("output_dir") else home(table, scale)
+    folder = Path(own["output_dir"]).expanduser() if own.get("output_dir") else results.home(table.name, scale)
     rows = read_rows_wanted(own["rows"], table) if own.get("rows") else tuple(table.labels)
     return Request(table, scale, read_seeds(own.get("seeds", "1")), rows, read_jobs(own), folder, further)
-
-
-def home(table: Table, scale: str) -> Path:
-    """Where a table's runs on a scale lie by default."""
-    return HOME / f"{table.name}-{scale}"
 
 
 def read_seeds(text: str) -> tuple[int, ...]:

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from detfamily.errors import ConfigError, DataError, nearest
 from detfamily.experiments import results
-from detfamily.experiments.ablate import HOME, home
-from detfamily.experiments.results import FINISHED, PLAN, Plan, Record
+from detfamily.experiments.results import FINISHED, HOME, PLAN, Plan, Record
 from detfamily.experiments.scale import scales
-from detfamily.experiments.statistics import Difference, difference
+from detfamily.experiments.statistics import Difference, difference, summarize
 from detfamily.experiments.table import Table, read_table
 from detfamily.experiments.task import TASKS
 
 USAGE = "detfamily report TABLE.yaml|FOLDER [scale=mini] [output_dir=FOLDER OF THE RUNS]"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a row reached and what it took, over its finished runs.
+
+    Attributes:
+        reached: mean of the metric, per cent.
+        spread: its standard deviation over seeds; NaN for one run.
+        images_per_second: in training, median.
+        memory_gib: peak, median; None where it was not measured.
+        seconds: of a run, median.
+    """
+
+    reached: float
+    spread: float
+    images_per_second: float
+    memory_gib: float | None
+    seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -48,9 +67,35 @@ class Findings:
         """The same without the baseline."""
         return [label for label in self.labels if label != self.table.baseline]
 
+    def median(self, label: str, field: str) -> float | None:
+        """The median over a row's finished runs of what a record says, such as ``images_per_second``."""
+        mine = (one for one in self.records if one["row"] == label and one["status"] == FINISHED)
+        known = [float(one[field]) for one in mine if one.get(field) is not None]
+        return statistics.median(known) if known else None
+
+    def tradeoff(self) -> dict[str, Cost]:
+        """Label -> what the row reached and took, of the rows whose speed is known."""
+        found = {}
+        for label in self.labels:
+            whole, speed = summarize(list(self.values(label).values())), self.median(label, "images_per_second")
+            if speed is not None:
+                memory, seconds = self.median(label, "memory_gib"), self.median(label, "seconds")
+                found[label] = Cost(whole.mean, whole.spread, speed, memory, seconds)
+        return found
+
     def difference(self, label: str) -> Difference:
         """A row minus the baseline, points."""
         return difference(self.values(label), self.values(self.table.baseline))
+
+
+def frontier(costs: Mapping[str, Cost]) -> list[str]:
+    """The rows that no other row beats in the metric without being slower, the fastest first (the Pareto frontier)."""
+    best, kept = float("-inf"), []
+    for label in sorted(costs, key=lambda one: (-costs[one].images_per_second, -costs[one].reached)):
+        if costs[label].reached > best:
+            best = costs[label].reached
+            kept.append(label)
+    return kept
 
 
 def read_findings(words: Sequence[str]) -> Findings:
@@ -75,7 +120,9 @@ def read_findings(words: Sequence[str]) -> Findings:
     table = read_table(place)
     if "output_dir" in own:
         return of_folder(Path(own["output_dir"]).expanduser(), table)
-    folders = [home(table, scale)] if scale else sorted((HOME / table.name).parent.glob(f"{table.path.stem}-*"))
+    folders = (
+        [results.home(table.name, scale)] if scale else sorted((HOME / table.name).parent.glob(f"{table.path.stem}-*"))
+    )
     folders = [one for one in folders if (one / PLAN).is_file() and Plan.read(one).scale == one.name.rpartition("-")[2]]
     if len(folders) > 1:
         names = ", ".join(f"scale={Plan.read(one).scale}" for one in folders)

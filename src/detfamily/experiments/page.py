@@ -5,21 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from detfamily.experiments.findings import Findings
+from detfamily.experiments.findings import Findings, frontier
 from detfamily.experiments.results import FAILED, FINISHED
 from detfamily.experiments.statistics import Difference, summarize
 from detfamily.experiments.table import Table
 
 
-def markdown(found: Findings, pictures: Mapping[str, str]) -> str:
+def markdown(found: Findings, pictures: Mapping[str, str], records: str | None = None) -> str:
     """The page.
 
     Args:
         found: the results.
         pictures: caption -> file, relative to the page.
+        records: the file that holds the runs; None: the one beside the table.
     """
     table, label = found.table, found.table.task.label
-    records = f"`{table.path.stem}.jsonl`"
+    records = f"`{records or f'{table.path.stem}.jsonl'}`"
     parts = [
         f"# {table.title}",
         f"`{table.name}`: written by `detfamily report` from the {len(found.records)} runs in {records}.",
@@ -35,6 +36,7 @@ def markdown(found: Findings, pictures: Mapping[str, str]) -> str:
         *(f"![{caption}]({file})\n\n{caption}." for caption, file in pictures.items()),
         f"## {table.task.others}",
         _size_table(found),
+        *_cost_parts(found),
         "## What was run",
         _run_table(found),
     ]
@@ -181,6 +183,39 @@ def _size_table(found: Findings) -> str:
             cells += [_mean(whole.mean, whole.spread) if whole else "-"]
         lines.append(cells)
     return _grid(head, lines)
+
+
+def _cost_parts(found: Findings) -> list[str]:
+    """What a row takes, where that is known."""
+    costs = found.tradeoff()
+    if not costs:
+        return []
+    best = frontier(costs)
+    lines = [
+        [
+            label,
+            _mean(one.reached, one.spread),
+            f"{one.images_per_second:.1f}",
+            "-" if one.memory_gib is None else f"{one.memory_gib:.2f}",
+            "-" if one.seconds is None else f"{one.seconds / 60:.1f}",
+            "yes" if label in best else "no",
+        ]
+        for label, one in costs.items()
+    ]
+    head = [
+        "row",
+        f"our {found.table.task.label}",
+        "images/s in training",
+        "peak memory, GiB",
+        "minutes",
+        "on the frontier",
+    ]
+    words = (
+        f"Medians over a row's runs. On the frontier: no other row has both a higher {found.table.task.label} and a "
+        "higher speed. Speed is as good as the machine was quiet: runs at the same time, and other work beside them, "
+        "slow each other down."
+    )
+    return ["## What a row costs", _grid(head, lines), words]
 
 
 def _run_table(found: Findings) -> str:

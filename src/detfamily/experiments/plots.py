@@ -1,7 +1,8 @@
-"""Pictures of a table: differences beside the published ones, and curves of the metric against images seen."""
+"""Pictures of a table: differences beside the published ones, the metric against images seen, and against speed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from detfamily.experiments.findings import Cost, frontier
 from detfamily.experiments.results import FINISHED, Record
 from detfamily.experiments.statistics import Difference
 from detfamily.files import write_atomically
@@ -70,6 +72,41 @@ def plot_curves(records: Sequence[Record], labels: Sequence[str], path: Path, me
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize=8)
+    _save(figure, path)
+    return True
+
+
+def plot_tradeoff(costs: Mapping[str, Cost], path: Path, metric: str) -> bool:
+    """Draw the metric against images per second in training, the area of a point by peak memory, and the Pareto frontier.
+
+    Args:
+        costs: by label.
+        path: the PNG.
+        metric: in words.
+
+    Returns:
+        False where fewer than three rows can be drawn; then nothing is written.
+    """
+    if len(costs) < 3:
+        return False
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    line = [costs[label] for label in frontier(costs)]
+    axes.plot(
+        [one.images_per_second for one in line], [one.reached for one in line], color="0.6", linewidth=1, zorder=1
+    )
+    memories = [one.memory_gib for one in costs.values() if one.memory_gib]
+    for place, (label, one) in enumerate(costs.items()):
+        size = 60.0 * (one.memory_gib / max(memories)) if one.memory_gib else 30.0
+        reach = None if math.isnan(one.spread) else one.spread
+        color, marker = f"C{place % 10}", "os^D"[place // 10 % 4]
+        axes.errorbar(one.images_per_second, one.reached, yerr=reach, color=color, capsize=3, linewidth=0.8, zorder=2)
+        axes.scatter(one.images_per_second, one.reached, s=size, color=color, marker=marker, label=label, zorder=3)
+    axes.set_xlabel("images per second in training")
+    axes.set_ylabel(f"{metric} (bars: standard deviation over seeds)")
+    axes.grid(alpha=0.3)
+    title = f"area: peak memory, up to {max(memories):.2f} GiB" if memories else None
+    figure.legend(loc="outside right upper", fontsize=8, title=title, title_fontsize=8)
     _save(figure, path)
     return True
 

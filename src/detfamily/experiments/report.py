@@ -8,7 +8,7 @@ from pathlib import Path
 from detfamily.experiments import results
 from detfamily.experiments.findings import Findings, read_findings
 from detfamily.experiments.page import markdown
-from detfamily.experiments.plots import plot_curves, plot_differences
+from detfamily.experiments.plots import plot_curves, plot_differences, plot_tradeoff
 from detfamily.files import write_text_atomically
 
 PICTURES = "pictures"
@@ -28,10 +28,18 @@ def report(words: Sequence[str]) -> None:
         print(file)
 
 
-def write_report(found: Findings) -> list[Path]:
-    """Write all files; returns them."""
-    page, stem = found.table.path.with_suffix(".md"), found.table.path.stem
-    metric = found.table.task.label
+def write_report(found: Findings, page: Path | None = None) -> list[Path]:
+    """Write all files.
+
+    Args:
+        found: the results.
+        page: the Markdown file, which the others lie beside; None: beside the table, by its name.
+
+    Returns:
+        The files, the page first.
+    """
+    page = page or found.table.path.with_suffix(".md")
+    stem, metric = page.stem, found.table.task.label
     pictures = page.parent / PICTURES
     files = [page, page.with_suffix(".jsonl")]
     own = {"further": list(found.plan.further)}
@@ -48,5 +56,10 @@ def write_report(found: Findings) -> list[Path]:
         drawn[f"{metric} against images seen: a thin line for each seed, the thick one is their mean"] = (
             f"{PICTURES}/{files[-1].name}"
         )
-    write_text_atomically(page, markdown(found, drawn))
+    if plot_tradeoff(found.tradeoff(), pictures / f"{stem}-tradeoff.png", metric):
+        files.append(pictures / f"{stem}-tradeoff.png")
+        drawn[f"{metric} against speed in training; on the line are the rows that no other row beats in both"] = (
+            f"{PICTURES}/{files[-1].name}"
+        )
+    write_text_atomically(page, markdown(found, drawn, files[1].name))
     return files

@@ -20,7 +20,8 @@ from detfamily.experiments.task import DETECTION, TASKS, Task
 from detfamily.files import read_json, write_text_atomically
 from detfamily.tracking.files import EPOCHS, read_rows
 
-RUN, LOG, RESULTS, PLAN = "run.json", "log.txt", "results.jsonl", "plan.json"
+RUN, LOG, RESULTS, PLAN, REPORT = "run.json", "log.txt", "results.jsonl", "plan.json", "report.md"
+HOME = Path("runs") / "ablate"
 
 FINISHED, FAILED, RUNNING, CUT_OFF = "finished", "failed", "running", "cut off"
 """How a run stands. ``running`` is also what a run is left at whose caller was killed."""
@@ -107,6 +108,11 @@ def record_of(folder: Path) -> Record | None:
             return {**record, "status": FAILED, "error": str(error)}
         record |= {name: numbers[name] for name in task.metrics if _measured(numbers.get(name))}
     return record
+
+
+def home(table: str, scale: str) -> Path:
+    """Where the runs of a table, by its name, lie on a scale by default."""
+    return HOME / f"{table}-{scale}"
 
 
 def collect(folder: Path) -> list[Record]:

@@ -70,7 +70,7 @@ def _refuse_others(cfg: DictConfig) -> None:
 def _blocks(node: Mapping[str, Any], depth: int = 0) -> list[tuple[str, str]]:
     """The tree of blocks: the name of each, its class, and what it was given."""
     rows = []
-    for name, value in node.items():
+    for name, value in _children(node):
         if isinstance(value, Mapping) and "_target_" in value:
             given = [f"{key}={_plain(one)}" for key, one in value.items() if _says(key, one)]
             rows.append(("  " * depth + name, " ".join([str(value["_target_"]).rpartition(".")[2], *given])))
@@ -78,8 +78,21 @@ def _blocks(node: Mapping[str, Any], depth: int = 0) -> list[tuple[str, str]]:
     return rows
 
 
+def _children(node: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What a node is given; the nodes of a list one by one."""
+    for name, value in node.items():
+        if _lists_nodes(value):
+            yield from ((f"{name}.{index}", one) for index, one in enumerate(value))
+        else:
+            yield name, value
+
+
+def _lists_nodes(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(one, Mapping) for one in value)
+
+
 def _says(key: str, value: Any) -> bool:
-    return not key.startswith("_") and value is not None and not isinstance(value, Mapping)
+    return not (key.startswith("_") or value is None or isinstance(value, Mapping) or _lists_nodes(value))
 
 
 def _plain(value: Any) -> str:
