@@ -17,19 +17,31 @@ from detfamily.attention.conditional import (
     RescaledSine,
     SplitDenseAttention,
 )
+from detfamily.attention.deformable import DeformableAttention, DeformableAttention2022, PooledAttention
 from detfamily.attention.dense import DenseAttention
 from detfamily.attention.maps import MapAttention
 from detfamily.attention.ms_deform import MSDeformAttention, OwnLevelDeformAttention
+from detfamily.attention.pyramid import PyramidAttention
+from detfamily.attention.qna import LearnedQueryAttention, LinearQueryAttention, SigmoidQueryAttention
+from detfamily.attention.slide import SlideAttention
 from detfamily.attention.window import WindowAttention
 
 __all__ = [
     "ConditionalAttention",
+    "DeformableAttention",
+    "DeformableAttention2022",
     "DenseAttention",
+    "LearnedQueryAttention",
     "LevelConditionalAttention",
+    "LinearQueryAttention",
     "MSDeformAttention",
     "MapAttention",
     "OwnLevelDeformAttention",
+    "PooledAttention",
+    "PyramidAttention",
     "RescaledSine",
+    "SigmoidQueryAttention",
+    "SlideAttention",
     "SplitDenseAttention",
     "WindowAttention",
 ]

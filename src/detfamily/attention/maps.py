@@ -65,6 +65,17 @@ def project_qkv(qkv: nn.Linear, x: Tensor, pos: Tensor | None) -> Tensor:
     return torch.cat([compared, F.linear(x, qkv.weight[width:], None if bias is None else bias[width:])], -1)
 
 
+def without_padding(padding_mask: Tensor | None, x: Tensor) -> Tensor:
+    """(B, h, w, C) with zeros at padding, so that what is there reaches nobody through convolutions and samples."""
+    return x if padding_mask is None else x.masked_fill(padding_mask[..., None], 0)
+
+
+def conv_on_map(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution of a map: (B, h, w, C) -> (B, h', w', C')."""
+    output: Tensor = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return output
+
+
 def on_map(attention: nn.Module, x: Tensor) -> Tensor:
     """What any attention of an encoder makes of a map without positions and padding, as in the stages of a backbone.
 

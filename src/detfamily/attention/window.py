@@ -80,7 +80,7 @@ class WindowAttention(MapAttention):
         qkv = qkv.index_select(1, windows.tokens)
         qkv = qkv.view(-1, self.window_size**2, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
-        out = _attend(q, k, v, self._added(windows, batch, q.dtype, padding_mask))
+        out = attend(q, k, v, self._added(windows, batch, q.dtype, padding_mask))
         projected: Tensor = self.proj(out.reshape(batch, len(windows.tokens), -1).index_select(1, windows.places))
         return projected.view(x.shape)
 
@@ -110,8 +110,8 @@ def _padded(x: Tensor, windows: Windows) -> Tensor:
     return F.pad(tokens, (0, 0, 0, 1)) if windows.overhang else tokens
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None) -> Tensor:
-    """(B * windows, n, C) of all heads.
+def attend(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None) -> Tensor:
+    """(B, N, C) of all heads, from those of queries, keys and values (B, M, N, C / M) and what is added to the logits.
 
     PyTorch's fused kernel for CPUs gives no gradient to what is added, and what then takes its place passes over the
     logits three times more than is needed.

@@ -21,28 +21,50 @@ _PLACES = {"{n}": r"(?P<n>\d+)", "{m}": r"(?P<m>\d+)", "{rest}": r"(?P<rest>.+)"
 
 
 @dataclass(frozen=True)
+class Form:
+    """The same numbers in another shape or order.
+
+    Attributes:
+        to_ours: from an official tensor.
+        to_official: the way back.
+    """
+
+    to_ours: Callable[[Tensor], Tensor]
+    to_official: Callable[[Tensor], Tensor]
+
+
+SAME = Form(lambda tensor: tensor, lambda tensor: tensor)
+
+CONVOLUTION = Form(lambda tensor: tensor[..., 0, 0], lambda tensor: tensor[..., None, None])
+"""Of weights that are a 1 x 1 convolution's officially, and a linear layer's here."""
+
+
+@dataclass(frozen=True)
 class Rename:
     """One of our tensors, under the official names; the official tensors are equal.
 
     Attributes:
         ours: our name.
         official: their names.
+        form: of the official tensors.
         computed: official tensors that hold nothing new, each with how it follows from this one: files have them, but
             nobody needs to read them.
     """
 
     ours: str
     official: tuple[str, ...]
+    form: Form = SAME
     computed: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = ()
 
 
 @dataclass(frozen=True)
 class Join:
-    """Several of our tensors make up one official tensor, one after another along ``dim``."""
+    """Several of our tensors make up one official tensor, one after another along ``dim``, in some form."""
 
     ours: tuple[str, ...]
     official: str
     dim: int
+    form: Form = SAME
 
 
 Rule = Rename | Join
@@ -71,13 +93,15 @@ class Adapter:
         for name, tensor in official.items():
             if self._is_computed(name):
                 continue
-            targets = self._our_names(name)
-            if targets is None:
+            found = self._rule_and_names(name)
+            if found is None:
                 if not any(pattern.search(name) for pattern in self.ignored):
                     unknown.append(name)
                 continue
-            parts = tensor.chunk(len(targets[0]), dim=targets[1]) if len(targets[0]) > 1 else [tensor]
-            for target, part in zip(targets[0], parts, strict=True):
+            rule, targets = found
+            tensor = rule.form.to_ours(tensor)
+            parts = tensor.chunk(len(targets), dim=rule.dim) if isinstance(rule, Join) else [tensor]
+            for target, part in zip(targets, parts, strict=True):
                 if target in ours and not torch.equal(ours[target], part):
                     raise CheckpointError(f"{name} should be a copy of what {target} has already, and differs from it")
                 ours[target] = part
@@ -102,12 +126,15 @@ class Adapter:
             if rule is None:
                 unknown.append(name)
             elif isinstance(rule, Join):
-                missing = [part for part in rule.ours if part not in ours]
+                fitting = _fitting(rule.ours, name)
+                parts, whole = [_fill(fitting, part, name) for part in rule.ours], _fill(fitting, rule.official, name)
+                missing = [part for part in parts if part not in ours]
                 if missing:
-                    raise CheckpointError(f"{rule.official} is made of {list(rule.ours)}, and {missing} is missing")
-                official[rule.official] = torch.cat([ours[part] for part in rule.ours], rule.dim)
+                    raise CheckpointError(f"{whole} is made of {parts}, and {missing} is missing")
+                official[whole] = rule.form.to_official(torch.cat([ours[part] for part in parts], rule.dim))
             else:
-                official |= {_fill(rule.ours, template, name): tensor for template in rule.official}
+                formed = rule.form.to_official(tensor)
+                official |= {_fill(rule.ours, template, name): formed for template in rule.official}
                 if computed:
                     official |= {_fill(rule.ours, template, name): of(tensor) for template, of in rule.computed}
         if unknown:
@@ -119,22 +146,25 @@ class Adapter:
         rule = self._rule_for(ours)
         if rule is None:
             return ours
-        return rule.official if isinstance(rule, Join) else _fill(rule.ours, rule.official[0], ours)
+        if isinstance(rule, Join):
+            return _fill(_fitting(rule.ours, ours), rule.official, ours)
+        return _fill(rule.ours, rule.official[0], ours)
 
     def our_names(self, official: str) -> tuple[str, ...]:
         """Our tensors that an official one becomes or follows from; none if no rule fits."""
-        found = self._our_names(official)
-        return () if found is None else found[0]
+        found = self._rule_and_names(official)
+        return () if found is None else found[1]
 
-    def _our_names(self, official: str) -> tuple[tuple[str, ...], int] | None:
+    def _rule_and_names(self, official: str) -> tuple[Rule, tuple[str, ...]] | None:
+        """The rule for an official tensor, and our names for it."""
         for rule in self.rules:
             if isinstance(rule, Join):
-                if rule.official == official:
-                    return rule.ours, rule.dim
+                if _fits(rule.official, official):
+                    return rule, tuple(_fill(rule.official, one, official) for one in rule.ours)
                 continue
             for template in (*rule.official, *(one for one, _ in rule.computed)):
                 if _fits(template, official):
-                    return (_fill(template, rule.ours, official),), 0
+                    return rule, (_fill(template, rule.ours, official),)
         return None
 
     def _is_computed(self, official: str) -> bool:
@@ -159,6 +189,11 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 def _fits(template: str, name: str) -> bool:
     return _pattern(template).fullmatch(name) is not None
+
+
+def _fitting(templates: Sequence[str], name: str) -> str:
+    """The template that fits."""
+    return next(template for template in templates if _fits(template, name))
 
 
 def _fill(source: str, target: str, name: str) -> str:

@@ -74,7 +74,7 @@ def rules(ours: str = "backbone.", official: str = PREFIXES[0]) -> list[Rename]:
         Rename(
             block + "attention.position_bias",
             (theirs + "attn.relative_position_bias_table",),
-            computed=((theirs + "attn.relative_position_index", _relative_position_index),),
+            computed=((theirs + "attn.relative_position_index", relative_position_index),),
         ),
         Rename(block + "attention.{rest}", (theirs + "attn.{rest}",)),
     ]
@@ -161,5 +161,6 @@ def _unlike(size: Size, found: Mapping[str, Any]) -> int:
     return sum(found[key] != value for key, value in size.fields.items())
 
 
-def _relative_position_index(table: Tensor) -> Tensor:
+def relative_position_index(table: Tensor) -> Tensor:
+    """(n, n) the buffer that official windows of n tokens have besides their table of biases."""
     return relative_positions(window_of(table.shape[0]), table.device)
