@@ -77,7 +77,7 @@ def plot_curves(records: Sequence[Record], labels: Sequence[str], path: Path, me
 
 
 def plot_tradeoff(costs: Mapping[str, Cost], path: Path, metric: str) -> bool:
-    """Draw the metric against images per second in training, the area of a point by peak memory, and the Pareto frontier.
+    """Draw the metric against images per second in training, areas by peak memory, and the Pareto frontier.
 
     Args:
         costs: by label.
