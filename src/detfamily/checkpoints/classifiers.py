@@ -2,67 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from torch import nn
 
-from torch import Tensor
-
-from detfamily.checkpoints import swin
+from detfamily.backbones.dat import DAT
+from detfamily.backbones.resnet import ResNet
+from detfamily.backbones.swin import Swin
+from detfamily.checkpoints import dat, swin
 from detfamily.checkpoints.adapter import Adapter, Rename, Rule
 from detfamily.errors import CheckpointError
 
 
-@dataclass(frozen=True)
-class Official:
-    """Classifiers of one repository.
+def classifier_adapter(backbone: nn.Module) -> Adapter:
+    """A classifier of ours against the official one with the same backbone: Swin's, DAT's, or torchvision's ResNets.
 
-    Attributes:
-        repository: where their files come from.
-        sign: an official name that only they have.
-        rules: between their names and ours.
-        ignored: names that may be left unused (regular expressions).
-    """
-
-    repository: str
-    sign: str
-    rules: Sequence[Rule]
-    ignored: Sequence[str] = ()
-
-    @property
-    def adapter(self) -> Adapter:
-        return Adapter(self.rules, self.ignored)
-
-
-SWIN = Official(
-    "microsoft/Swin-Transformer",
-    "patch_embed.proj.weight",
-    [
-        Rename("head.{rest}", ("head.{rest}",)),
-        Rename("backbone.stages.3.norm.{rest}", ("norm.{rest}",)),  # before the mean, which is that of the last map
-        *swin.rules("backbone.", ""),
-    ],
-    (r"\.attn_mask$",),
-)
-RESNET = Official(
-    "torchvision",
-    "fc.weight",
-    [Rename("head.{rest}", ("fc.{rest}",)), Rename("backbone.body.{rest}", ("{rest}",))],
-)
-OFFICIAL = (SWIN, RESNET)
-
-
-def to_ours(state: Mapping[str, Tensor], source: str | Path) -> tuple[str, dict[str, Tensor]]:
-    """The repository of an official state dict, and its tensors under our names.
+    The norm before the mean, officially the classifier's, is here that of the backbone's last map.
 
     Raises:
-        CheckpointError: no such classifier is known, or a tensor has a name that its code does not know.
+        CheckpointError: there are no official classifiers with such a backbone.
     """
-    for official in OFFICIAL:
-        if official.sign in state:
-            try:
-                return official.repository, official.adapter.to_ours(state)
-            except CheckpointError as error:
-                raise CheckpointError(f"{source}, of {official.repository}: {error}") from None
-    known = ", ".join(one.repository for one in OFFICIAL)
-    raise CheckpointError(f"{source} is neither a checkpoint of detfamily nor an official classifier of {known}")
+    if isinstance(backbone, Swin):
+        return Adapter([*_head(backbone, "head", "norm"), *swin.rules("backbone.", "")], [r"\.attn_mask$"])
+    if isinstance(backbone, DAT):
+        adapter = dat.dat_adapter(backbone, "backbone.")
+        head = _head(backbone, "cls_head", "cls_norm.norm")
+        return Adapter([*head, *adapter.rules], [one.pattern for one in adapter.ignored])
+    if isinstance(backbone, ResNet):
+        return Adapter([Rename("head.{rest}", ("fc.{rest}",)), Rename("backbone.body.{rest}", ("{rest}",))])
+    raise CheckpointError(f"official classifiers are known of Swin, DAT and ResNet, not of {type(backbone).__name__}")
+
+
+def tables(backbone: nn.Module) -> set[str]:
+    """Our names of the position biases that belong to a size of windows or images, and can be interpolated."""
+    if isinstance(backbone, DAT):
+        return {f"backbone.{name}" for name in dat.tables(backbone)}
+    return {f"backbone.{name}" for name in backbone.state_dict() if name.endswith(".attention.position_bias")}
+
+
+def _head(backbone: Swin | DAT, head: str, norm: str) -> list[Rule]:
+    last = len(backbone.stages) - 1
+    return [
+        Rename("head.{rest}", (f"{head}.{{rest}}",)),
+        Rename(f"backbone.stages.{last}.norm.{{rest}}", (f"{norm}.{{rest}}",)),
+    ]

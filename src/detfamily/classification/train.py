@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 from omegaconf import DictConfig
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from detfamily.checkpoints.transfer import Initial, Report
 from detfamily.classification.accuracy import Accuracy, measure
 from detfamily.classification.build import build_classifier
+from detfamily.classification.classifier import Classifier
 from detfamily.classification.weights import read_initial, start_from
 from detfamily.config import build, validate
 from detfamily.data.loader import naming_lost_workers, validation_loader
@@ -53,7 +55,7 @@ class ClassifierTrainer(Trainer):
         return read_initial(self.cfg.init_from, self.cfg.init_ema)
 
     def start_from(self, given: Initial, net: nn.Module) -> Report:
-        return start_from(net, given, self.data.label_map, self.cfg.init_partial)
+        return start_from(cast("Classifier", net), given, self.data.label_map, self.cfg.init_partial)
 
     def measure(self) -> Accuracy | None:
         return measure(

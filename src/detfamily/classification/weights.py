@@ -6,16 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from detfamily.backbones.weights import resized_table
 from detfamily.checkpoints.adapter import listed
 from detfamily.checkpoints.classes import move_rows
-from detfamily.checkpoints.classifiers import to_ours
+from detfamily.checkpoints.classifiers import classifier_adapter, tables
 from detfamily.checkpoints.read import read_file
 from detfamily.checkpoints.transfer import Initial, Report
+from detfamily.classification.classifier import Classifier
 from detfamily.data.labels import LabelMap
 from detfamily.engine import checkpoint
 from detfamily.errors import CheckpointError
+
+OFFICIAL = "an official classifier"
+"""The origin of weights that have official names still."""
 
 _HEAD = "head."
 _COUNTER = ".num_batches_tracked"
@@ -29,7 +34,7 @@ def read_initial(path: str | Path, averaged: bool | None = None) -> Initial:
         averaged: take the averaged weights (EMA) of ours, or the trained ones; None takes the averaged ones, if any.
 
     Raises:
-        CheckpointError: the file is missing, broken, or of a network that is not known.
+        CheckpointError: the file is missing or broken.
     """
     path = checkpoint.require(path)
     content = read_file(path)
@@ -41,15 +46,15 @@ def read_initial(path: str | Path, averaged: bool | None = None) -> Initial:
         weights = state["ema"]["model"] if there and averaged is not False else state["model"]
         label_map = LabelMap.from_state_dict(state["label_map"])
         return Initial(path, "a checkpoint of detfamily", weights, label_map, state["config"])
-    repository, weights = to_ours(_state_dict(content, path), path)
-    return Initial(path, f"of {repository}", weights, None, {})
+    return Initial(path, OFFICIAL, dict(_state_dict(content, path)), None, {})
 
 
-def start_from(net: nn.Module, initial: Initial, label_map: LabelMap, partial: bool = False) -> Report:
+def start_from(net: Classifier, initial: Initial, label_map: LabelMap, partial: bool = False) -> Report:
     """Put the weights into a classifier, as far as they fit, and say so.
 
     Rows of the head go over by the classes' names. An official file does not say which they are: its head goes over as
     it is where it has as many, and the order of the folders' names is taken to be that of its classes, as in ImageNet.
+    Its tables of position biases are interpolated where they have another size.
 
     Args:
         net: with its initial values.
@@ -60,20 +65,24 @@ def start_from(net: nn.Module, initial: Initial, label_map: LabelMap, partial: b
     Raises:
         CheckpointError: tensors that do not fit, each by name.
     """
-    own = net.state_dict()
+    own, weights, resizable = net.state_dict(), initial.weights, tables(net.backbone)
+    if initial.origin == OFFICIAL:
+        weights = classifier_adapter(net.backbone).to_ours(weights)
     new, wrong = {}, []
     for name, target in own.items():
-        given = initial.weights.get(name)
+        given = weights.get(name)
         if given is None:
             continue
         if name.startswith(_HEAD) and initial.label_map not in (None, label_map):
             given = move_rows(given, initial.label_map, target, label_map, False)
+        if name in resizable and given.ndim == target.ndim and given.shape != target.shape:
+            given = resized_table(given, target)
         if given.shape == target.shape:
             new[name] = given
         else:
             wrong.append(f"{name} {list(given.shape)}, expected {list(target.shape)}")
-    missing = [name for name in own if name not in initial.weights and not name.endswith(_COUNTER)]
-    left = [name for name in initial.weights if name not in own and not name.endswith(_COUNTER)]
+    missing = [name for name in own if name not in weights and not name.endswith(_COUNTER)]
+    left = [name for name in weights if name not in own and not name.endswith(_COUNTER)]
     lists = (("missing", missing), ("not in this model", left), ("of another shape", wrong))
     troubles = [f"{words}: {listed(names)}" for words, names in lists if names]
     if troubles and not (partial and new):

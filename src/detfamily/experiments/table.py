@@ -83,9 +83,9 @@ class Table:
                 return row
         raise ConfigError(f"{self.path} has no row {label!r}: {nearest(label, self.labels)}")
 
-    def published_difference(self, label: str) -> float | None:
+    def published_difference(self, label: str, metric: str | None = None) -> float | None:
         """What the source says a row differs from the baseline by, per cent; None where it does not say."""
-        row, base, metric = self.row(label), self.row(self.baseline), self.task.metric
+        row, base, metric = self.row(label), self.row(self.baseline), metric or self.task.metric
         if metric in row.difference:
             return float(row.difference[metric])
         if metric in row.published and metric in base.published:
