@@ -11,6 +11,7 @@ A cross-attention with ``reads_sine = True`` compares the queries' ``sine`` code
 that it samples around their references.
 """
 
+from detfamily.attention.axial import AxialAttention
 from detfamily.attention.conditional import (
     ConditionalAttention,
     LevelConditionalAttention,
@@ -21,12 +22,14 @@ from detfamily.attention.deformable import DeformableAttention, DeformableAttent
 from detfamily.attention.dense import DenseAttention
 from detfamily.attention.maps import MapAttention
 from detfamily.attention.ms_deform import MSDeformAttention, OwnLevelDeformAttention
+from detfamily.attention.neighborhood import NeighborhoodAttention
 from detfamily.attention.pyramid import PyramidAttention
 from detfamily.attention.qna import LearnedQueryAttention, LinearQueryAttention, SigmoidQueryAttention
 from detfamily.attention.slide import SlideAttention
 from detfamily.attention.window import WindowAttention
 
 __all__ = [
+    "AxialAttention",
     "ConditionalAttention",
     "DeformableAttention",
     "DeformableAttention2022",
@@ -36,6 +39,7 @@ __all__ = [
     "LinearQueryAttention",
     "MSDeformAttention",
     "MapAttention",
+    "NeighborhoodAttention",
     "OwnLevelDeformAttention",
     "PooledAttention",
     "PyramidAttention",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from detfamily.attention.maps import conv_on_map
+from detfamily.attention.neighborhood import NeighborhoodAttention
 from detfamily.attention.window import WindowAttention
 from detfamily.backbones.dat_blocks import LayerScale, LocalPerception, depthwise
 from detfamily.backbones.dat_weights import load_weights
@@ -38,7 +40,7 @@ class DAT(StagedBackbone):
         spec: the kinds of the blocks of each stage, in turn, from the start again where there are more blocks: names of
             attentions, or "conv".
         attention: name -> factory of any attention that an encoder may have, called with ``embed_dim`` and
-            ``num_heads`` of a stage. For all stages; None in a list where a stage has none of this name.
+            ``num_heads`` of the stage whose spec names it.
         ffn: factory of (B, h, w, C) -> (B, h, w, C), called with ``embed_dim`` and ``hidden_dim``. For all stages.
         stem: factory of what makes tokens of patches of 4 x 4 pixels, called with ``embed_dim``.
         merge_kernel: side of the strided convolutions between stages: 2, or 3 with padding.
@@ -67,7 +69,7 @@ class DAT(StagedBackbone):
         depths: Sequence[int],
         num_heads: Sequence[int],
         spec: Sequence[Sequence[str]],
-        attention: Mapping[str, Factory | Sequence[Factory | None]],
+        attention: Mapping[str, Factory],
         ffn: Factory | Sequence[Factory],
         stem: Factory,
         merge_kernel: int,
@@ -88,7 +90,6 @@ class DAT(StagedBackbone):
         count = len(depths)
         widths = [embed_dim * 2**index for index in range(count)]
         rates = drop_path_rates(drop_path, depths)
-        attentions = {name: _per_stage(f"attention.{name}", factory, count) for name, factory in attention.items()}
         ffns = _per_stage("ffn", ffn, count)
         local = _per_stage("local_perception", local_perception, count)
         scales = _per_stage("layer_scale", layer_scale, count)
@@ -100,11 +101,9 @@ class DAT(StagedBackbone):
             perception = LocalPerception(width) if local[index] else None
             if kind == CONV:
                 return ConvBlock(width, kernels[index], ffn, rate, perception)
-            make, scale = attentions[kind][index], scales[index]
-            if make is None:
-                raise ValueError(f"backbone.attention.{kind}: it has none for C{index + 2}, whose spec names it")
-            attention = make(embed_dim=width, num_heads=num_heads[index])
-            return Block(width, attention, ffn, rate, perception, scale and (lambda dim: LayerScale(dim, scale)))
+            made = attention[kind](embed_dim=width, num_heads=num_heads[index])
+            scale = None if scales[index] is None else partial(LayerScale, value=scales[index])
+            return Block(width, made, ffn, rate, perception, scale)
 
         super().__init__(
             stem(embed_dim=embed_dim),
@@ -120,7 +119,7 @@ class DAT(StagedBackbone):
     def _initialize(self) -> None:
         """PyTorch's own weights, as officially, also in what has others elsewhere."""
         for module in self.modules():
-            if isinstance(module, WindowAttention | FeedForward):
+            if isinstance(module, WindowAttention | NeighborhoodAttention | FeedForward):
                 for linear in module.children():
                     if isinstance(linear, nn.Linear):
                         linear.reset_parameters()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from detfamily.attention.deformable import DeformableAttention, PooledAttention
+from detfamily.attention.neighborhood import NeighborhoodAttention
 from detfamily.attention.pyramid import PyramidAttention
 from detfamily.attention.slide import SlideAttention
 from detfamily.attention.window import WindowAttention, windows_of
@@ -37,6 +38,7 @@ _ATTENTIONS: tuple[tuple[type[nn.Module], Callable[[str, str], list[Rule]]], ...
     (DeformableAttention, dat_blocks.deformable),
     (PooledAttention, dat_blocks.deformable),
     (WindowAttention, dat_blocks.window),
+    (NeighborhoodAttention, dat_blocks.neighborhood),
     (PyramidAttention, dat_blocks.pyramid),
     (SlideAttention, dat_blocks.slide),
 )

@@ -59,6 +59,15 @@ def window(ours: str, official: str) -> list[Rule]:
     ]
 
 
+def neighborhood(ours: str, official: str) -> list[Rule]:
+    """NeighborhoodAttention2D."""
+    return [
+        Rename(ours + "qkv.{rest}", (official + "qkv.{rest}",)),
+        Rename(ours + "proj.{rest}", (official + "proj.{rest}",)),
+        Rename(ours + "position_bias", (official + "rpb",)),
+    ]
+
+
 def pyramid(ours: str, official: str) -> list[Rule]:
     """PyramidAttention."""
     return [

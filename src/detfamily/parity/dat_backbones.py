@@ -92,7 +92,8 @@ def _of_size(case: Case, network: Network, key: str, size: str) -> dict[str, Ten
     if terms:
         torch.stack(terms).sum().backward()
         assert x.grad is not None
-        given = {name: one.grad for name, one in network.named_parameters() if one.grad is not None}
+        # copies: the other precision converts gradients in place
+        given = {name: one.grad.clone() for name, one in network.named_parameters() if one.grad is not None}
         gradients = {"input": x.grad} | network.official(given)
         found |= {f"{size}grad.{name}": gradient for name, gradient in gradients.items()}
     network.to(torch.float32)
@@ -246,17 +247,22 @@ def _dat(
     merge_kernel: int,
 ) -> DAT:
     """From the arguments of its stages, and the side of the first's map in tokens."""
-    specs = [[CONV if kind == "X" else kind for kind in stage["stage_spec"]] for stage in stages]
+    specs = [
+        [CONV if letter == "X" else f"{letter} of stage {index}" for letter in stage["stage_spec"][: stage["depths"]]]
+        for index, stage in enumerate(stages)
+    ]
     attention = {
-        kind: [partial(_attention, kind, stage, side // 2**index) for index, stage in enumerate(stages)]
-        for kind in {kind for spec in specs for kind in spec} - {CONV}
+        kind: partial(_attention, kind[0], stages[index], side // 2**index)
+        for index, spec in enumerate(specs)
+        for kind in spec
+        if kind != CONV
     }
     scales = [stage["layer_scale_value"] for stage in stages]
     return DAT(
         width,
         [stage["depths"] for stage in stages],
         [stage["heads"] for stage in stages],
-        [spec[: stage["depths"]] for spec, stage in zip(specs, stages, strict=True)],
+        specs,
         attention,
         ffn=[partial(_ffn, stage) for stage in stages],
         stem=stem,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from detfamily.attention.deformable import DeformableAttention, DeformableAttention2022, PooledAttention
 from detfamily.attention.deformable_position import ConvPosition, FixedBias, LogBias, PositionBias, TableBias
 from detfamily.attention.maps import MapAttention
+from detfamily.attention.neighborhood import NeighborhoodAttention
 from detfamily.attention.pyramid import PyramidAttention
 from detfamily.attention.qna import LearnedQueryAttention, LinearQueryAttention, SigmoidQueryAttention
 from detfamily.attention.slide import SlideAttention
@@ -208,6 +209,11 @@ def _window(args: Arguments) -> nn.Module:
     return WindowAttention(args.pop("dim"), args.pop("heads"), args.pop("window_size"), args.pop("shift_size", 0))
 
 
+def _neighborhood(args: Arguments) -> nn.Module:
+    dilation = args.pop("dilation", None) or 1
+    return NeighborhoodAttention(args.pop("dim"), args.pop("num_heads"), args.pop("kernel_size"), dilation)
+
+
 def _pyramid(args: Arguments) -> nn.Module:
     return PyramidAttention(args.pop("dim"), args.pop("num_heads", 8), args.pop("sr_ratio", 1))
 
@@ -250,6 +256,7 @@ KINDS = {
     "DAttentionBaseline": Kind(_deformable, dat_blocks.deformable),
     "LocalAttention": Kind(_window, dat_blocks.window),
     "ShiftWindowAttention": Kind(_window, dat_blocks.window, dat_blocks.UNUSED),
+    "NeighborhoodAttention2D": Kind(_neighborhood, dat_blocks.neighborhood),
     "PyramidAttention": Kind(_pyramid, dat_blocks.pyramid),
     "SlideAttention": Kind(_slide, dat_blocks.slide),
     "FusedKQnA": Kind(_learned_queries, dat_blocks.learned_queries),
