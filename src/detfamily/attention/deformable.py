@@ -16,6 +16,7 @@ from detfamily.attention.deformable_position import Layout, PositionBias
 from detfamily.attention.dense import check_heads
 from detfamily.attention.maps import MapAttention, conv_on_map, without_padding
 from detfamily.attention.window import attend
+from detfamily.ops import ms_deform_attn
 from detfamily.structures import Size
 
 
@@ -270,6 +271,9 @@ class OffsetNetwork(nn.Module):
 def sample(x: Tensor, places: Tensor) -> Tensor:
     """What lies at some places of a map, between tokens as well; beyond the map lie zeros.
 
+    One level, and one point of weight 1, for the op of Deformable DETR: with gradients twice as fast on CPUs as
+    grid_sample on large maps, and places stay exact where the map has 16 bits (docs/benchmarks/sampling.md).
+
     Args:
         x: (B, h, w, C) the map.
         places: (B, G, h', w', 2) y, x for each of G groups of channels.
@@ -277,10 +281,12 @@ def sample(x: Tensor, places: Tensor) -> Tensor:
     Returns:
         (B, h' * w', C)
     """
-    groups = places.shape[1]
-    maps = x.unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1)
-    sampled = F.grid_sample(maps.to(places.dtype), places.flip(-1).flatten(0, 1), align_corners=True)
-    return sampled.unflatten(0, (-1, groups)).flatten(3).permute(0, 3, 1, 2).flatten(2).to(x.dtype)
+    h, w = x.shape[1:3]
+    # from -1 and 1 at the centres of the first and the last token, to 0 and 1 at the borders of the map
+    scale = places.new_tensor([(w - 1) / (2 * w), (h - 1) / (2 * h)])
+    locations = (places.flip(-1) * scale + 0.5).flatten(2, 3).transpose(1, 2)[:, :, :, None, None]
+    value = x.flatten(1, 2).unflatten(-1, (places.shape[1], -1))
+    return ms_deform_attn(value, ((h, w),), locations, locations.new_ones(locations.shape[:-1]))
 
 
 def _steps(count: int, like: Tensor) -> Tensor:

@@ -102,7 +102,8 @@ class DAT(StagedBackbone):
             if kind == CONV:
                 return ConvBlock(width, kernels[index], ffn, rate, perception)
             made = attention[kind](embed_dim=width, num_heads=num_heads[index])
-            scale = None if scales[index] is None else partial(LayerScale, value=scales[index])
+            value = scales[index]
+            scale = None if value is None else partial(LayerScale, value=value)
             return Block(width, made, ffn, rate, perception, scale)
 
         super().__init__(

@@ -69,7 +69,7 @@ def results(case: Case) -> dict[str, Tensor]:
     Raises:
         DataError: a value of an argument has no counterpart.
     """
-    network = _network(case).eval()
+    network = network_of(case).eval()
     network.load(case.weights)
     ours = {f"loaded.{name}": value for name, value in network.official(dict(network.named_parameters())).items()}
     for key in case.io:
@@ -184,7 +184,12 @@ def _watched(stages: Sequence[Stage]) -> Iterator[list[Tensor]]:
 # ------------------------------------------------------------------------------------------------------- from arguments
 
 
-def _network(case: Case) -> Network:
+def network_of(case: Case) -> Network:
+    """Ours of the same settings, with weights of its own.
+
+    Raises:
+        DataError: a value of an argument has no counterpart.
+    """
     args = Arguments(case.info["args"])
     of_2022 = _OF_2022 in case.info["reference"]
     for name in _WITHOUT_EFFECT:
