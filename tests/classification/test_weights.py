@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torchvision
+from safetensors.torch import load_file
 from torch import nn
 
 from detfamily.backbones.resnet import ResNet
@@ -12,12 +15,14 @@ from detfamily.backbones.small import SmallBackbone
 from detfamily.backbones.swin import Swin
 from detfamily.blocks.normalize import Normalize
 from detfamily.checkpoints.classifiers import classifier_adapter
+from detfamily.classification.build import build_classifier
 from detfamily.classification.classifier import Classifier
 from detfamily.classification.weights import read_initial, start_from
 from detfamily.config import compose
 from detfamily.data.labels import LabelMap
 from detfamily.engine import checkpoint
 from detfamily.errors import CheckpointError
+from detfamily.structures import Images
 
 
 def labels(*names: str) -> LabelMap:
@@ -66,7 +71,8 @@ def test_tables_for_other_windows_are_interpolated(tmp_path):
     net = classifier(swin())
     torch.save(classifier_adapter(net.backbone).to_official(net.state_dict()), tmp_path / "swin.pth")
     other = classifier(swin(window=5))
-    start_from(other, read_initial(tmp_path / "swin.pth"), labels("a", "b", "c"))
+    report = start_from(other, read_initial(tmp_path / "swin.pth"), labels("a", "b", "c"))
+    assert dict(report.rows)["tables"] == "4 of position biases, interpolated to another size"
     before, after = (one.backbone.stages[0].blocks[0].attention.position_bias for one in (net, other))
     assert before.shape == (169, 1) and after.shape == (81, 1) and after.abs().sum() > 0
     # Both are fields of the same displacements; bicubic sampling keeps the value in the middle.
@@ -107,6 +113,20 @@ def test_a_part_may_be_taken(tmp_path):
     assert torch.equal(deeper.head.weight, net.head.weight)
 
 
+@pytest.mark.parametrize("stages", [[3, 4, 5], [2, 3]])
+def test_a_detector_starts_its_backbone_from_a_classifier(tmp_path, stages):
+    net = classifier(swin())
+    path = saved(tmp_path / "a.pt", net, labels("a", "b", "c"))
+    torch.manual_seed(1)
+    backbone = Swin(12, [1, 1, 1, 1], [1, 1, 2, 2], 7, stages, weights=str(path))
+    theirs = net.backbone.state_dict()
+    for name, value in backbone.state_dict().items():
+        if name in theirs:
+            assert torch.equal(value, theirs[name]), name
+        else:
+            assert name.startswith(tuple(f"stages.{stage - 2}.norm." for stage in stages))
+
+
 def test_averaged_weights_are_there_or_not(tmp_path):
     path = saved(tmp_path / "a.pt", classifier(swin()), labels("a", "b", "c"))
     with pytest.raises(CheckpointError, match="no averaged weights"):
@@ -116,3 +136,40 @@ def test_averaged_weights_are_there_or_not(tmp_path):
 def test_classifiers_start_from_the_weights_that_the_config_names_only_where_that_is_asked_for():
     cfg = compose("classify", ["data=shapes"])
     assert cfg.backbone.weights == "swin_tiny_patch4_window7_224" and not cfg.pretrained
+
+
+SMALL = {
+    # golden case: its recipe, and the numbers that make the published network as small
+    "tiny_backbone": [
+        *("experiment=datpp_t", "backbone.embed_dim=8"),
+        *(
+            f"backbone.attention.deformable_c{n}.position_bias.size=[{2 ** (6 - n)},{2 ** (6 - n)}]"
+            for n in (2, 3, 4, 5)
+        ),
+    ],
+    "tiny_backbone_2022": [
+        *("experiment=dat_t", "backbone.embed_dim=8", "backbone.num_heads=[1,2,4,8]"),
+        "backbone.attention.window.window_size=3",
+        *("backbone.attention.shifted_window.window_size=3", "backbone.attention.shifted_window.shift=2"),
+        *("backbone.attention.deformable_c4.num_groups=2", "backbone.attention.deformable_c5.num_groups=4"),
+        "backbone.attention.deformable_c4.position_bias.size=[6,6]",
+        "backbone.attention.deformable_c5.position_bias.size=[3,3]",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_official_classifiers_of_dat_give_their_scores(goldens, tmp_path, name):
+    folder = goldens / "dat" / name
+    case = json.loads((folder / "case.json").read_text())
+    cfg = compose("classify", [*SMALL[name], "data.root=."])
+    net = build_classifier(cfg, case["num_classes"], pretrained=False).eval()
+    torch.save({"model": load_file(folder / "weights.safetensors")}, tmp_path / "dat.pth")
+    names = labels(*(str(index) for index in range(case["num_classes"])))
+    assert not start_from(net, read_initial(tmp_path / "dat.pth"), names).warnings
+    values = load_file(folder / "io.safetensors")
+    pixels = values["image"]
+    size = tuple(pixels.shape[-2:])
+    images = Images(pixels, torch.zeros(len(pixels), *size, dtype=torch.bool), (size,) * 2, (size,) * 2, (0, 1))
+    with torch.no_grad():
+        torch.testing.assert_close(net(images).logits, values["out.logits"].float(), atol=5e-5, rtol=1e-4)

@@ -85,16 +85,16 @@ def measure(
     """
     sums = torch.zeros(4, device=runtime.torch_device(world.local_rank), dtype=torch.float64)
 
-    def count(batch: Batch) -> None:
+    def consume(batch: Batch) -> None:
         with runtime.autocast():
             scores: Scores = model(batch.images)
         logits, labels = scores.logits.float(), labels_of(batch.targets)
         right = [is_among(logits, labels, most).sum() for most in (1, 5)]
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        for index, value in enumerate((*right, loss, len(labels))):
-            sums[index] += value
+        count = torch.tensor(len(labels))
+        sums.add_(torch.stack([one.to(sums) for one in (*right, loss, count)]))
 
-    if not go_through(model, loader, count, runtime, world, stopped):
+    if not go_through(model, loader, consume, runtime, world, stopped):
         return None
     top1, top5, loss, images = world.sum(sums).tolist()
     return Accuracy(top1 / images, top5 / images, loss / images, int(images))

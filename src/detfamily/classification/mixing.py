@@ -51,7 +51,7 @@ class Mixing(nn.Module):
         self.probability = probability
         self.switch = switch
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Shares | None]:
         """Mix a batch.
 

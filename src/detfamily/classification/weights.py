@@ -68,15 +68,16 @@ def start_from(net: Classifier, initial: Initial, label_map: LabelMap, partial: 
     own, weights, resizable = net.state_dict(), initial.weights, tables(net.backbone)
     if initial.origin == OFFICIAL:
         weights = classifier_adapter(net.backbone).to_ours(weights)
-    new, wrong = {}, []
+    new, wrong, resized = {}, [], 0
     for name, target in own.items():
         given = weights.get(name)
         if given is None:
             continue
-        if name.startswith(_HEAD) and initial.label_map not in (None, label_map):
+        fits = given.shape[1:] == target.shape[1:]
+        if name.startswith(_HEAD) and fits and initial.label_map is not None and initial.label_map != label_map:
             given = move_rows(given, initial.label_map, target, label_map, False)
         if name in resizable and given.ndim == target.ndim and given.shape != target.shape:
-            given = resized_table(given, target)
+            given, resized = resized_table(given, target), resized + 1
         if given.shape == target.shape:
             new[name] = given
         else:
@@ -92,7 +93,10 @@ def start_from(net: Classifier, initial: Initial, label_map: LabelMap, partial: 
         )
     net.load_state_dict(new, strict=False)
     words = f"{initial.path} ({initial.origin}): {len(new)} of {len(own)} tensors"
-    return Report((("weights", words), ("classes", _class_words(initial, label_map))), tuple(troubles))
+    rows = [("weights", words), ("classes", _class_words(initial, label_map))]
+    if resized:
+        rows.append(("tables", f"{resized} of position biases, interpolated to another size"))
+    return Report(tuple(rows), tuple(troubles))
 
 
 def _class_words(initial: Initial, label_map: LabelMap) -> str:
