@@ -44,9 +44,7 @@ def build_detector(
         )
     cfg = with_num_classes(cfg, num_classes)
     if not pretrained:
-        for key, off in (("weights", None), ("pretrained", False)):
-            if key in cfg.backbone:
-                cfg.backbone[key] = off
+        start_backbone_anew(cfg)
     check_composition(cfg)
     detector: Detector = build(cfg.detector, **({} if backbone is None else {"backbone": backbone}))
     check_blocks(detector)
@@ -73,6 +71,13 @@ def with_num_classes(cfg: DictConfig, num_classes: int) -> DictConfig:
     cfg = OmegaConf.create(cfg)
     cfg.model.num_classes = num_classes
     return cfg
+
+
+def start_backbone_anew(cfg: DictConfig) -> None:
+    """Have the backbone start from random numbers; the config is changed."""
+    for key, off in (("weights", None), ("pretrained", False)):
+        if key in cfg.backbone:
+            cfg.backbone[key] = off
 
 
 def check_composition(cfg: DictConfig) -> None:

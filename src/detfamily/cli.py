@@ -82,6 +82,17 @@ COMMANDS = {
             ),
         ),
         Command(
+            "classify",
+            "train a backbone as a classifier of whole images, or evaluate one; ImageNet's layout, or generated shapes",
+            "classify",
+            "detfamily.classification.train:classify",
+            (
+                "backbone=swin_t data.root=/data/imagenet",
+                "data=shapes backbone=small schedule.epochs=5 schedule.total_batch_size=32",
+                "backbone=swin_t data.root=/data/imagenet init_from=swin_tiny.pth evaluate_only=true",
+            ),
+        ),
+        Command(
             "evaluate",
             "evaluate a checkpoint, or a results file in COCO's format, on a data set",
             "train",
