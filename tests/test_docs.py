@@ -20,6 +20,8 @@ from detfamily.config.registry import read_yaml
 from detfamily.engine.evaluate import on_top_of, split_overrides
 from detfamily.experiments.ablate import read_request
 from detfamily.experiments.scale import variants
+from detfamily.matrix.request import check_names
+from detfamily.matrix.request import read_request as read_matrix
 from detfamily.predict import command as predict
 from detfamily.predict.command import own_fields
 from detfamily.visualize import command as visualize
@@ -80,6 +82,9 @@ def test_a_command_makes_a_detector(given):
         overrides = ["data.root=.", *(word for word in overrides if word != "...")]
     if name in ("ablate", "report"):
         check_table(name, overrides)
+        return
+    if name == "matrix":
+        check_names(read_matrix(overrides))
         return
     on_checkpoint = False
     if name == "evaluate":

@@ -498,6 +498,24 @@ def test_a_training_step_of_a_detector_with_dat() -> None:
     step("family=deformable_detr", "backbone=dat_t", *groups, size=(128, 96))
 
 
+@pytest.mark.parametrize(("name", "pattern"), [("datpp_t", None), ("dat_t", "norm|position_bias")])
+def test_weight_decay_is_that_of_the_official_detectors(name: str, pattern: str | None) -> None:
+    """By parts of official names, which the other tables, of neighborhoods, have not."""
+    changed = [f"optimizer.groups.no_decay.pattern={pattern}"] if pattern else []
+    chosen = ["family=deformable_detr", f"backbone={name}", "backbone.weights=null", "optimizer=adamw_dat", *changed]
+    cfg = compose("train", chosen)
+    with torch.device("meta"):
+        backbone: DAT = build(cfg.backbone)
+    groups = build(cfg.optimizer).build(nn.ModuleDict({"backbone": backbone})).param_groups
+    assert {group["lr"] for group in groups} == {2e-4}
+    decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    official = dat_adapter(backbone).official_name
+    keys = ("norm", "relative_position_bias_table", "rpe_table")
+    for ours, parameter in backbone.named_parameters():
+        free = any(key in official(ours) for key in keys)
+        assert decays[id(parameter)] == (0.0 if free else 0.05), ours
+
+
 def test_an_attention_is_replaced_on_the_command_line() -> None:
     node = "{_target_:detfamily.attention.DenseAttention,_partial_:true,dropout:0.0}"
     spec = "backbone.spec=[[neighborhood,deformable_c2],[neighborhood,deformable_c3],[neighborhood,dense],[dense]]"

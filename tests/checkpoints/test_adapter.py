@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from detfamily.checkpoints.adapter import Adapter, Join, Rename
+from detfamily.checkpoints.adapter import CONVOLUTION, Adapter, Form, Join, Rename
 from detfamily.errors import CheckpointError
 
 ADAPTER = Adapter(
@@ -34,6 +34,38 @@ def test_there_and_back_with_every_copy() -> None:
     assert set(back) == set(ours)
     for name, value in back.items():
         assert torch.equal(value, ours[name]), name
+
+
+def test_forms_and_joins_by_templates() -> None:
+    turned = Form(lambda tensor: tensor.t(), lambda tensor: tensor.t())
+    adapter = Adapter(
+        [
+            Rename("blocks.{n}.table", ("layers.{n}.table",), form=turned),
+            Join(("blocks.{n}.k.weight", "blocks.{n}.v.weight"), "layers.{n}.kv.weight", dim=0, form=CONVOLUTION),
+            Rename("blocks.{n}.q.weight", ("layers.{n}.q.weight",), form=CONVOLUTION),
+        ]
+    )
+    official = {
+        "layers.2.table": torch.randn(3, 4),
+        "layers.2.kv.weight": torch.randn(6, 5, 1, 1),
+        "layers.11.kv.weight": torch.randn(6, 5, 1, 1),
+        "layers.2.q.weight": torch.randn(3, 5, 1, 1),
+    }
+    ours = adapter.to_ours(official)
+    assert torch.equal(ours["blocks.2.table"], official["layers.2.table"].t())
+    assert torch.equal(ours["blocks.11.k.weight"], official["layers.11.kv.weight"][:3, :, 0, 0])
+    assert torch.equal(ours["blocks.2.v.weight"], official["layers.2.kv.weight"][3:, :, 0, 0])
+    assert ours["blocks.2.q.weight"].shape == (3, 5) and len(ours) == 6
+    back = adapter.to_official(ours)
+    assert {name: value.shape for name, value in back.items()} == {name: one.shape for name, one in official.items()}
+    assert all(torch.equal(back[name], official[name]) for name in official)
+    assert adapter.official_name("blocks.7.v.weight") == "layers.7.kv.weight"
+    assert adapter.our_names("layers.7.kv.weight") == ("blocks.7.k.weight", "blocks.7.v.weight")
+    del ours["blocks.11.v.weight"]
+    with pytest.raises(
+        CheckpointError, match=r"layers\.11\.kv\.weight is made of .*blocks\.11\.v\.weight'\] is missing"
+    ):
+        adapter.to_official(ours)
 
 
 def test_copies_that_differ_are_refused() -> None:

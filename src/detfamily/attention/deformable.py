@@ -160,7 +160,7 @@ class DeformableAttention(FewKeysAttention):
             residual = self.position_bias.to_output(q)
         values = sample(x, places)
         keys = values if pos is None else sample(compared, places)
-        out = self.read(q, keys, values, self.hide(added, padding_mask, places.shape[2:4], q.dtype))
+        out = self.read(q, keys, values, self.hide(added, padding_mask, (places.shape[2], places.shape[3]), q.dtype))
         projected: Tensor = self.proj(out if residual is None else out + residual)
         return projected
 

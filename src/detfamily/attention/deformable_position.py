@@ -76,7 +76,7 @@ class TableBias(PositionBias):
         """(B, M, Nq, Nk)"""
         batch, groups = keys.shape[:2]
         tables = self.table.to(keys.dtype).unflatten(0, (groups, -1)).expand(batch, -1, -1, -1, -1)
-        grid = displacements(queries, keys).flip(-1) / 2  # grid_sample wants x, y
+        grid = displacements(queries.flip(-1) / 2, keys.flip(-1) / 2)  # -1 to 1, and x, y, as grid_sample has it
         bias = F.grid_sample(tables.flatten(0, 1), grid.flatten(0, 1), align_corners=True)
         return bias.view(batch, -1, *bias.shape[2:])
 
@@ -150,7 +150,7 @@ class ConvPosition(PositionBias):
 
 
 def displacements(queries: Tensor, keys: Tensor) -> Tensor:
-    """(B, G, Nq, Nk, 2) y, x from keys (B, G, Nk, 2) to queries (Nq, 2): -2 to 2 within a map."""
+    """(B, G, Nq, Nk, 2) from keys (B, G, Nk, 2) to queries (Nq, 2): -2 to 2 within a map."""
     return queries[:, None] - keys[:, :, None]
 
 

@@ -95,7 +95,7 @@ def fill(
 
     Args:
         backbone: whose last stage may be any.
-        official: the tensors of the file.
+        official: the tensors of the file; those of a checkpoint of ours, which has other names, are taken, too.
         adapter: from their names to ours.
         tables: our names of position biases that are interpolated where they have another size, which is said.
         weights: what the user gave, to say it.
@@ -104,12 +104,19 @@ def fill(
         CheckpointError: they are of another network.
     """
     own = backbone.state_dict()
-    ours = adapter.to_ours(official)
+    ours = _of_ours(official) or adapter.to_ours(official)
     last = max(int(name.split(".")[1]) for name in own if name.startswith("stages."))
     ours = {name: value for name, value in ours.items() if not is_beyond(name, last)}
     ours |= _resized_tables({name: ours[name] for name in tables if name in ours}, own, weights)
     _check_names(ours, own, adapter)
     backbone.load_state_dict(ours, strict=False)
+
+
+def _of_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The backbone of a classifier or a detector of ours; empty if the names are official."""
+    found = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
+    mine = any(name.startswith("patches.") for name in found)
+    return {name: one for name, one in found.items() if name.startswith(("patches.", "stages."))} if mine else {}
 
 
 def is_beyond(name: str, last: int) -> bool:

@@ -21,7 +21,7 @@ from detfamily.attention.pyramid import PyramidAttention
 from detfamily.attention.slide import SlideAttention
 from detfamily.attention.window import WindowAttention, windows_of
 from detfamily.backbones.dat import DAT, ConvBlock, ConvStem
-from detfamily.backbones.dat_blocks import ConvFeedForward, NormedConvFeedForward
+from detfamily.backbones.dat_blocks import ConvFeedForward, MixFeedForward, NormedConvFeedForward
 from detfamily.backbones.stages import PATCH, Block, Stage
 from detfamily.blocks.layers import FeedForward
 from detfamily.checkpoints import dat_blocks
@@ -36,7 +36,7 @@ CLASSIFIER = (r"^cls_norm\.", r"^cls_head\.")
 
 _ATTENTIONS: tuple[tuple[type[nn.Module], Callable[[str, str], list[Rule]]], ...] = (
     (DeformableAttention, dat_blocks.deformable),
-    (PooledAttention, dat_blocks.deformable),
+    (PooledAttention, dat_blocks.pooled),
     (WindowAttention, dat_blocks.window),
     (NeighborhoodAttention, dat_blocks.neighborhood),
     (PyramidAttention, dat_blocks.pyramid),
@@ -46,6 +46,7 @@ _FEED_FORWARDS: tuple[tuple[type[nn.Module], Callable[[str, str], list[Rule]]], 
     (FeedForward, dat_blocks.feed_forward),
     (ConvFeedForward, dat_blocks.conv_feed_forward),
     (NormedConvFeedForward, dat_blocks.conv_feed_forward),
+    (MixFeedForward, dat_blocks.mix_feed_forward),
 )
 
 

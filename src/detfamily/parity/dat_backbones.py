@@ -18,21 +18,20 @@ from detfamily.checkpoints.adapter import Adapter, Rename
 from detfamily.checkpoints.dat import dat_adapter, tables
 from detfamily.errors import DataError
 from detfamily.parity.case import Case
-from detfamily.parity.dat_modules import Arguments, build, default_type, kind_of
+from detfamily.parity.dat_modules import MIX_FEED_FORWARD, OF_2022, Arguments, build, default_type, kind_of
 
 MODULES = ("TransformerStage", "DAT")
 """The official classes of these cases."""
 
-_OF_2022 = "DAT@566a593"
-"""How the code of 2022 is named, which computes something else from the same arguments."""
+_DROPPED = ("drop_rate", "attn_drop_rate", "drop_path_rate", "drop", "attn_drop", "proj_drop")
+"""Arguments without effect in evaluation."""
 
 _WITHOUT_EFFECT = (
-    *("drop_rate", "attn_drop_rate", "drop_path_rate", "drop", "attn_drop", "proj_drop"),
     *("lower_lr_kvs", "init_cfg", "use_checkpoint", "stage_i"),
     *("ns_per_pt", "ns_per_pts", "local_orf", "local_kv_size", "local_kv_sizes", "offset_pes", "deform_groups"),
     *("heads_q", "k_qna", "nq_qna", "ksize_qnas", "nqs", "qna_activation"),
 )
-"""Arguments of training, of nothing, or of kinds of blocks that do not run officially."""
+"""Arguments of the optimiser, of nothing, or of kinds of blocks that do not run officially."""
 
 _SWITCHES = ("use_pe", "dwc_pe", "fixed_pe", "no_off", "use_dwc_mlp", "use_cmt_mlp", "use_lpu")
 _STAGE: dict[str, Any] = {
@@ -69,7 +68,7 @@ def results(case: Case) -> dict[str, Tensor]:
     Raises:
         DataError: a value of an argument has no counterpart.
     """
-    network = network_of(case).eval()
+    network = network_of(case)
     network.load(case.weights)
     ours = {f"loaded.{name}": value for name, value in network.official(dict(network.named_parameters())).items()}
     for key in case.io:
@@ -185,13 +184,22 @@ def _watched(stages: Sequence[Stage]) -> Iterator[list[Tensor]]:
 
 
 def network_of(case: Case) -> Network:
-    """Ours of the same settings, with weights of its own.
+    """Ours of the same settings, with weights of its own, in the mode of the case; training is without drops.
 
     Raises:
         DataError: a value of an argument has no counterpart.
     """
     args = Arguments(case.info["args"])
-    of_2022 = _OF_2022 in case.info["reference"]
+    training = case.info.get("mode", "eval").startswith("train")
+    for name in _DROPPED:
+        rate = args.pop(name, 0.0)
+        if training and torch.tensor(rate).any():
+            raise DataError(f"{name}={rate}: what is dropped at random in training cannot be compared")
+    return _network(case, args).train(training)
+
+
+def _network(case: Case, args: Arguments) -> Network:
+    of_2022 = OF_2022 in case.info["reference"]
     for name in _WITHOUT_EFFECT:
         args.pop(name, None)
     if case.info["module"].endswith(":TransformerStage"):
@@ -273,6 +281,7 @@ def _dat(
         stem=stem,
         merge_kernel=merge_kernel,
         stages=range(2, len(stages) + 2),
+        drop_path=0.0,
         mlp_ratio=expansion,
         local_perception=[stage["use_lpu"] for stage in stages],
         layer_scale=[value if value > 0 else None for value in scales],
@@ -302,10 +311,9 @@ def _attention(kind: str, stage: Mapping[str, Any], side: int, embed_dim: int, n
 
 
 def _ffn(stage: Mapping[str, Any], embed_dim: int, hidden_dim: int) -> nn.Module:
-    if stage["use_dwc_mlp"] and "stage_idx" in stage:
-        raise DataError("use_dwc_mlp=True of 2022 has no counterpart: it has no residual around its convolution")
     name = "TransformerMLP"
     if stage["use_dwc_mlp"]:
         name = "TransformerMLPWithConv_CMT" if stage["use_cmt_mlp"] else "TransformerMLPWithConv"
+        name = MIX_FEED_FORWARD if "stage_idx" in stage else name
     args = {"channels": embed_dim, "expansion": hidden_dim // embed_dim}
     return build(kind_of(name, args), args)
