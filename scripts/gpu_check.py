@@ -108,6 +108,8 @@ def steps(args: argparse.Namespace, folder: Path) -> list[Step]:
         lambda a, f: sanitizer("racecheck", "races in shared memory"),
         op_float32,
         op_16_bits,
+        neighborhood,
+        neighborhood_with_bias,
         models,
         models_against_transformers,
     ]
@@ -135,7 +137,7 @@ def machine_code(args: argparse.Namespace, folder: Path) -> Step:
 
 def tests(args: argparse.Namespace, folder: Path) -> Step:
     command = [PYTHON, "-m", "pytest", "-q", "tests/ops", "-p", "no:cacheprovider", "-rs"]
-    return Step("tests", "The op's tests, on the CPU and on the GPU", command, 600)
+    return Step("tests", "The ops' tests, on the CPU and on the GPU", command, 900)
 
 
 def goldens(args: argparse.Namespace, folder: Path) -> Step:
@@ -181,6 +183,23 @@ def _op(name: str, title: str, args: argparse.Namespace, folder: Path, dtype: st
     path = folder / f"{name}.json"
     options = ["--device", "cuda", "--dtypes", dtype, "--locations", *locations, "--json", path]
     return Step(name, title, script("benchmark_op.py", *options, *more), 500, environment, path)
+
+
+def neighborhood(args: argparse.Namespace, folder: Path) -> Step:
+    """Equality of all backends, then their speed; encoders have no biases."""
+    return _neighborhood("neighborhood", "Neighborhood attention in bfloat16", folder, "--no-bias")
+
+
+def neighborhood_with_bias(args: argparse.Namespace, folder: Path) -> Step:
+    title = "Neighborhood attention in bfloat16, biases by relative position"
+    return _neighborhood("neighborhood-bias", title, folder)
+
+
+def _neighborhood(name: str, title: str, folder: Path, *more: str) -> Step:
+    path = folder / f"{name}.json"
+    options = ["--device", "cuda", "--dtype", "bfloat16", "--batch", "4", "--heads", "8"]
+    options += ["--sizes", "14x14", "56x56", "100x134", "--json", path, *more]
+    return Step(name, title, script("benchmark_neighborhood.py", *options), 500, json=path)
 
 
 def models(args: argparse.Namespace, folder: Path) -> Step:

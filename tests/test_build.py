@@ -16,6 +16,8 @@ from detfamily.criterion.rules import Hungarian
 from detfamily.errors import ConfigError
 
 TINY = ("backbone=small", "model.embed_dim=32", "model.num_heads=4", "model.ffn_dim=16", "model.num_queries=5")
+WINDOWS = ("~self_attention.dropout", "+self_attention.window_size=4")
+CROSS_WINDOWS = ("~cross_attention.dropout", "+cross_attention.window_size=4")
 
 
 @cache
@@ -140,6 +142,18 @@ def test_another_backbone_in_the_place_of_the_configs() -> None:
         (
             ["family=deformable_detr", "criterion.aux_loss=false", "postprocess.layer=0"],
             "evaluates a decoder layer that criterion.aux_loss=false leaves untrained",
+        ),
+        (
+            ["family=detr", "self_attention._target_=detfamily.attention.WindowAttention", *WINDOWS],
+            "self_attention is WindowAttention, whose tokens have to lie on feature maps.* choose dense or split_dense",
+        ),
+        (
+            ["family=detr", "cross_attention._target_=detfamily.attention.WindowAttention", *CROSS_WINDOWS],
+            "cross_attention is WindowAttention, .* choose dense, conditional or ms_deform here",
+        ),
+        (
+            ["family=deformable_detr", "decoder.layer.self_attention=${cross_attention}"],
+            "self_attention is MSDeformAttention, whose tokens have to lie on feature maps",
         ),
         (["family=deformable_detr", "model.num_levels=2"], "model.num_levels=2 is less than the 3 maps"),
         (["family=detr", "model.num_heads=5"], "num_heads=5 does not divide embed_dim=32"),

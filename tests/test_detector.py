@@ -28,10 +28,7 @@ KINDS = {
     "detr, pre-norm, learned positions": ("family=detr", "residual=pre_norm", "position=learned"),
     "deformable": ("family=deformable_detr",),
     "deformable, own levels, BiFPN": ("family=deformable_detr", "encoder_attention=ms_deform_own_level", "neck=bifpn"),
-    "deformable, local and axial encoder": (
-        *("family=deformable_detr", "encoder.num_layers=3"),
-        "encoder_attention=[neighborhood,neighborhood_dilated,axial]",
-    ),
+    "deformable, local and axial encoder": ("family=deformable_detr", "encoder_attention=[neighborhood_dilated,axial]"),
     "refined": ("family=deformable_detr", "decoder=refine"),
     "refined, looking forward": ("family=deformable_detr", "decoder=refine", "decoder.look_forward=true"),
     "two-stage": ("family=deformable_detr", "decoder=refine", "query_source=proposals"),

@@ -20,13 +20,17 @@ from detfamily.config.registry import read_yaml
 from detfamily.engine.evaluate import on_top_of, split_overrides
 from detfamily.experiments.ablate import read_request
 from detfamily.experiments.scale import variants
+from detfamily.matrix.request import check_names
+from detfamily.matrix.request import read_request as read_matrix
+from detfamily.predict import command as predict
 from detfamily.predict.command import own_fields
+from detfamily.visualize import command as visualize
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`]+)`")
-NO_FIELDS = {"py", "md", "pt", "yaml", "json", "jsonl", "png"}
+NO_FIELDS = {"py", "md", "pt", "yaml", "json", "jsonl", "png", "jpg"}
 """What stands behind the dot in a file's name."""
 BUILT: set[str] = set()
 """The detectors that were built already: most commands mean the same one."""
@@ -79,13 +83,17 @@ def test_a_command_makes_a_detector(given):
     if name in ("ablate", "report"):
         check_table(name, overrides)
         return
+    if name == "matrix":
+        check_names(read_matrix(overrides))
+        return
     on_checkpoint = False
     if name == "evaluate":
         own, overrides = split_overrides(overrides, ("checkpoint", "results", "output_dir"))
         assert (own["checkpoint"] is None) != (own["results"] is None)
         on_checkpoint = own["checkpoint"] is not None
-    if name == "predict":
-        own, overrides = own_fields(overrides)
+    if name in ("predict", "visualize"):
+        fields = {"predict": predict.DEFAULTS, "visualize": visualize.DEFAULTS}
+        own, overrides = own_fields(overrides, fields[name])
         on_checkpoint = own["checkpoint"] is not None and own["source"] is not None
         assert on_checkpoint
     if name == "convert":  # Two files, and overrides of the config that an official file gets.

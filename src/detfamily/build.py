@@ -8,7 +8,7 @@ from typing import cast
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from detfamily.attention import DenseAttention
+from detfamily.attention import DenseAttention, MapAttention, MSDeformAttention, OwnLevelDeformAttention
 from detfamily.blocks.decoder import Decoder
 from detfamily.blocks.encoder import Encoder
 from detfamily.blocks.patterns import Patterns
@@ -44,9 +44,7 @@ def build_detector(
         )
     cfg = with_num_classes(cfg, num_classes)
     if not pretrained:
-        for key, off in (("weights", None), ("pretrained", False)):
-            if key in cfg.backbone:
-                cfg.backbone[key] = off
+        start_backbone_anew(cfg)
     check_composition(cfg)
     detector: Detector = build(cfg.detector, **({} if backbone is None else {"backbone": backbone}))
     check_blocks(detector)
@@ -73,6 +71,13 @@ def with_num_classes(cfg: DictConfig, num_classes: int) -> DictConfig:
     cfg = OmegaConf.create(cfg)
     cfg.model.num_classes = num_classes
     return cfg
+
+
+def start_backbone_anew(cfg: DictConfig) -> None:
+    """Have the backbone start from random numbers; the config is changed."""
+    for key, off in (("weights", None), ("pretrained", False)):
+        if key in cfg.backbone:
+            cfg.backbone[key] = off
 
 
 def check_composition(cfg: DictConfig) -> None:
@@ -130,6 +135,7 @@ def check_blocks(detector: Detector) -> None:
             "one_to_many=hybrid and patterns multiply queries in two ways that do not go together: add "
             "model.num_patterns=0 or one_to_many=none"
         )
+    _check_places(decoder)
     if source.reference_dim is None:
         for name, attentions in _attentions(decoder):
             if any(getattr(module, "needs_reference_points", False) for module in attentions):
@@ -164,6 +170,19 @@ def unread(detector: nn.Module) -> list[str]:
             "positions are as with query_position=fixed, and query_scale has no effect"
         ]
     return []
+
+
+def _check_places(decoder: Decoder) -> None:
+    """Attentions that need their tokens on a map are not for object queries, which lie on none."""
+    for name, attentions in _attentions(decoder):
+        on_maps = (MapAttention, OwnLevelDeformAttention, *([MSDeformAttention] if name == "self_attention" else []))
+        found = [type(one).__name__ for one in attentions if isinstance(one, on_maps)]
+        if found:
+            others = "dense or split_dense" if name == "self_attention" else "dense, conditional or ms_deform"
+            raise ConfigError(
+                f"{name} is {found[0]}, whose tokens have to lie on feature maps, and object queries do not: choose "
+                f"{others} here; encoder_attention is the place for it"
+            )
 
 
 def _check_query_position(source: QuerySource, decoder: Decoder) -> None:

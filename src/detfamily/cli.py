@@ -82,6 +82,17 @@ COMMANDS = {
             ),
         ),
         Command(
+            "classify",
+            "train a backbone as a classifier of whole images, or evaluate one; ImageNet's layout, or generated shapes",
+            "classify",
+            "detfamily.classification.train:classify",
+            (
+                "backbone=swin_t data.root=/data/imagenet",
+                "data=shapes backbone=small schedule.epochs=5 schedule.total_batch_size=32",
+                "backbone=swin_t data.root=/data/imagenet init_from=swin_tiny.pth evaluate_only=true",
+            ),
+        ),
+        Command(
             "evaluate",
             "evaluate a checkpoint, or a results file in COCO's format, on a data set",
             "train",
@@ -102,6 +113,18 @@ COMMANDS = {
                 "checkpoint=runs/detr/best.pt source=photo.jpg",
                 "checkpoint=runs/detr/best.pt source=photos threshold=0.3 output_dir=found",
                 "checkpoint=runs/detr/best.pt 'source=photos/**/*.png' device=cuda batch_size=8 draw=false",
+            ),
+            composed=False,
+        ),
+        Command(
+            "visualize",
+            "draw what a detector looks at: sampling points, attention maps, boxes layer by layer",
+            "train",
+            "detfamily.visualize.command:visualize",
+            (
+                "checkpoint=runs/dino/best.pt source=photo.jpg",
+                "checkpoint=runs/detr/best.pt source=photos what=[boxes,cross_attention] layer=-1 queries=4",
+                "checkpoint=runs/dino/best.pt source=photo.jpg what=encoder_attention place=[120,80] level=1",
             ),
             composed=False,
         ),
@@ -171,6 +194,19 @@ COMMANDS = {
                 "info.table=true",
             ),
             assumed=("data.root=.",),
+        ),
+        Command(
+            "matrix",
+            "take a step of families x attentions x backbones: what goes together, and what it costs",
+            "train",
+            "detfamily.matrix.command:matrix",
+            (
+                "backbones=[resnet18,swin_t]",
+                "families=[detr,dino] attentions=[dense,ms_deform,[ms_deform,dense]] backbones=[resnet18] jobs=2",
+                "'families=[detr,\"deformable_detr decoder=refine\"]' columns=neck size=[256,256]",
+                "columns=cross_attention backbones=[small] model.num_points=2",
+            ),
+            composed=False,
         ),
         Command(
             "doctor",

@@ -232,3 +232,8 @@ def test_only_parameters_are_stored() -> None:
 def test_settings_that_make_no_sense(settings: tuple[int, int, int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         WindowAttention(*settings)
+
+
+@pytest.mark.parametrize(("window_size", "shift"), [(7, 3), (4, 2), (1, 0)])
+def test_half_a_window(window_size: int, shift: int) -> None:
+    assert WindowAttention(6, 2, window_size, shift=None).shift == shift

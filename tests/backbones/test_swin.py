@@ -235,7 +235,7 @@ def test_weights_for_other_windows(tmp_path: Path, caplog: pytest.LogCaptureFixt
     torch.save(state, tmp_path / "a.pth")
     with caplog.at_level(logging.WARNING):
         backbone = swin(weights=str(tmp_path / "a.pth"), window_size=6)
-    assert "for windows of 4 tokens: its position biases are interpolated to 6" in caplog.text
+    assert "a.pth: position biases are interpolated to other sizes (7 x 7 to 11 x 11)" in caplog.text
     for stage, heads in enumerate((1, 2, 4)):
         table = state[f"layers.{stage}.blocks.1.attn.relative_position_bias_table"]
         for head in range(heads):

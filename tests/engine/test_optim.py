@@ -63,6 +63,19 @@ def test_each_trainable_parameter_is_in_exactly_one_group_with_its_settings():
     }
 
 
+def test_a_group_may_take_all_parameters_of_few_axes():
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1), torch.nn.BatchNorm2d(3), torch.nn.Linear(3, 4, bias=False))
+    model.scale = torch.nn.Parameter(torch.zeros(()))
+    groups = {"flat": {"pattern": "2.weight", "max_dim": 1, "weight_decay": 0.0}}
+    found = assign(model, AdamW(lr=1.0, groups=groups).groups)
+    assert set(found["flat"]) == {"scale", "0.bias", "1.weight", "1.bias", "2.weight"}
+    assert set(found["default"]) == {"0.weight"}
+    found = assign(model, AdamW(lr=1.0, groups={"named": {"pattern": "2.weight"}}).groups)
+    assert set(found["named"]) == {"2.weight"}
+    alone = {"flat": {"pattern": "no such name", "max_dim": 0}}
+    assert set(assign(model, AdamW(lr=1.0, groups=alone).groups)["flat"]) == {"scale"}
+
+
 def test_groups_with_equal_settings_are_merged():
     groups = {"backbone": BACKBONE, "sampling": {"pattern": "sampling", "lr_factor": 0.1}}
     assert len(AdamW(lr=1e-3, groups=groups).build(toy()).param_groups) == 2

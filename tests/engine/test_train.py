@@ -336,9 +336,9 @@ def broken_step(monkeypatch):
         return losses
 
     def record(trainer, batches):
-        before = [parameter.detach().clone() for parameter in trainer.detector.parameters()]
+        before = [parameter.detach().clone() for parameter in trainer.net.parameters()]
         step(trainer, batches)
-        seen[trainer.step] = (before, [parameter.detach().clone() for parameter in trainer.detector.parameters()])
+        seen[trainer.step] = (before, [parameter.detach().clone() for parameter in trainer.net.parameters()])
         seen.setdefault("images", []).append([i for b in batches for i in b.images.image_ids])
 
     monkeypatch.setattr(Trainer, "forward", broken)
@@ -392,7 +392,7 @@ def planted(monkeypatch, at, plant):
 def nan_in_a_weight(trainer, batches, undo):
     """A weight of which the statistics of norms are computed, for good."""
     with torch.no_grad():
-        next(trainer.detector.backbone.parameters()).view(-1)[0] = float("nan")
+        next(trainer.net.backbone.parameters()).view(-1)[0] = float("nan")
     return batches
 
 
@@ -448,8 +448,8 @@ def test_a_step_with_a_bad_box_or_loss_is_named_and_left_out(config, tmp_path, m
 
     def note(trainer, batches, undo):
         seen.append(batches[0].images.image_ids[2])
-        seen.append(copy.deepcopy(trainer.detector.state_dict()))
-        undo.append(lambda: seen.append(copy.deepcopy(trainer.detector.state_dict())))
+        seen.append(copy.deepcopy(trainer.net.state_dict()))
+        undo.append(lambda: seen.append(copy.deepcopy(trainer.net.state_dict())))
         return plant(trainer, batches, undo)
 
     planted(monkeypatch, 2, note)
@@ -509,7 +509,7 @@ def test_queries_that_answer_alike_are_noticed_once(config, tmp_path, monkeypatc
     def collapsed(trainer, batches):
         step(trainer, batches)
         with torch.no_grad():
-            for parameter in trainer.detector.query_source.parameters():
+            for parameter in trainer.net.query_source.parameters():
                 parameter.zero_()
 
     train(config("evaluation.pictures=0"))

@@ -29,6 +29,10 @@ def test_an_epoch_without_evaluation_has_no_ap_and_none_is_invented():
     assert epoch_line({"loss": 1.0, "AP": -1.0, "AP50": -1.0}, 1, 2) == "epoch 1/2  loss 1.000"
 
 
+def test_an_epoch_of_a_classifier_shows_its_accuracy():
+    assert epoch_line({"loss": 1.0, "top1": 0.5, "top5": 0.75}, 1, 2) == "epoch 1/2  top1 50.0  top5 75.0  loss 1.000"
+
+
 def test_off_a_terminal_progress_is_plain_lines(capsys):
     with ProgressBar("epoch 1/2", total=3, every=0.0) as bar:
         bar.advance("loss 2.000")

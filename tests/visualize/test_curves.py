@@ -33,6 +33,12 @@ def lines(figure: Figure, panel: int) -> dict[str, list[tuple[float, float]]]:
     }
 
 
+def test_the_accuracy_of_a_classifier_on_the_right(tmp_path: Path, figures: list[Figure]) -> None:
+    plot_curves([{"epoch": 1, "loss": 2.0, "top1": 0.25, "top5": 0.5, "val_loss": 1.0}], tmp_path / "curves.png")
+    assert lines(figures[0], 1) == {"top1": [(1, 0.25)], "top5": [(1, 0.5)]}
+    assert figures[0].axes[1].get_ylabel() == "accuracy (fraction)"
+
+
 def test_loss_on_the_left_and_ap_where_present_on_the_right(tmp_path: Path, figures: list[Figure]) -> None:
     history = [
         {"epoch": 0, "images_seen": 100, "loss": 9.0, "lr": 1e-4},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -36,14 +37,18 @@ class SplitDenseAttention(MultiHead):
 
     def forward(self, query: Tokens, source: Tokens, attention_mask: Tensor | None = None) -> Tensor:
         """(B, N, C); attention_mask (N, N') is True where a query may not look."""
+        values = self.split_heads(self.value_proj(source.content))
+        projected: Tensor = self.out_proj(self.mix(query, source, values, attention_mask))
+        return projected
+
+    def compare(self, query: Tokens, source: Tokens) -> tuple[Tensor, Tensor]:
+        """Queries and keys, each a sum of content and position."""
         q, k = self.query_content_proj(query.content), self.key_content_proj(source.content)
         if query.pos is not None:
             q = q + self.query_pos_proj(query.pos)
         if source.pos is not None:
             k = k + self.key_pos_proj(source.pos)
-        q, k, v = (self.split_heads(x) for x in (q, k, self.value_proj(source.content)))
-        projected: Tensor = self.out_proj(self.attend(q, k, v, allowed(source, attention_mask)))
-        return projected
+        return self.split_heads(q), self.split_heads(k)
 
 
 class ConditionalAttention(MultiHead):
@@ -78,14 +83,13 @@ class ConditionalAttention(MultiHead):
 
     def forward(self, query: Queries, source: Tokens, attention_mask: Tensor | None = None) -> Tensor:
         """(B, N, C)"""
-        q, k = self.project(query, source)
-        v = self.split_heads(self.value_proj(source.content))
-        projected: Tensor = self.out_proj(self.attend(q, k, v, allowed(source, attention_mask)))
+        values = self.split_heads(self.value_proj(source.content))
+        projected: Tensor = self.out_proj(self.mix(query, source, values, attention_mask))
         return projected
 
-    def project(self, query: Queries, source: Tokens) -> tuple[Tensor, Tensor]:
+    def compare(self, query: Tokens, source: Tokens) -> tuple[Tensor, Tensor]:
         """Queries (B, M, N, 2C/M) and keys (B, M, S, 2C/M) of the heads."""
-        if query.sine is None:
+        if not isinstance(query, Queries) or query.sine is None:
             raise ValueError("conditional attention compares a sine code, and these queries have none")
         if source.pos is None:
             raise ValueError(
@@ -125,25 +129,22 @@ class LevelConditionalAttention(ConditionalAttention):
         self.level_weights = nn.Linear(embed_dim, num_levels)
         nn.init.xavier_uniform_(self.level_weights.weight)
 
-    def forward(self, query: Queries, source: Tokens, attention_mask: Tensor | None = None) -> Tensor:
-        """(B, N, C)"""
+    def mix(self, query: Tokens, source: Tokens, values: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """(B, N, M * X), what the levels give, weighed by the query."""
         if source.grid is None or len(source.grid.shapes) != self.level_weights.out_features:
             found = 0 if source.grid is None else len(source.grid.shapes)
             raise ValueError(f"got {found} feature levels, built for num_levels={self.level_weights.out_features}")
-        q, k = self.project(query, source)
-        v = self.split_heads(self.value_proj(source.content))
+        q, k = self.compare(query, source)
         sizes = [h * w for h, w in source.grid.shapes]
         masks = allowed(source, attention_mask)
         parts = [None] * len(sizes) if masks is None else masks.split(sizes, dim=-1)
         outputs = [
             self.attend(q, key, value, mask)
-            for key, value, mask in zip(k.split(sizes, dim=2), v.split(sizes, dim=2), parts, strict=True)
+            for key, value, mask in zip(k.split(sizes, dim=2), values.split(sizes, dim=2), parts, strict=True)
         ]
         weights = self.level_weights(query.with_pos()).softmax(-1)
-        mixed = torch.einsum("bnl,lbnc->bnc", weights, torch.stack(outputs))
         # the weights sum to one, so that mixing before the common projection is mixing after it
-        projected: Tensor = self.out_proj(mixed)
-        return projected
+        return torch.einsum("bnl,lbnc->bnc", weights, torch.stack(outputs))
 
 
 class RescaledSine(nn.Module):
@@ -163,9 +164,17 @@ class RescaledSine(nn.Module):
 
     def forward(self, query: Queries, source: Tokens, attention_mask: Tensor | None = None) -> Tensor:
         """(B, N, C)"""
-        assert query.sine is not None
-        output: Tensor = self.attention(replace(query, sine=query.sine * self.scale(query.content)), source)
+        output: Tensor = self.attention(self._rescaled(query), source)
         return output
+
+    def weights(self, query: Tokens, source: Tokens, index: int, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, M, S), as ``MultiHead.weights``."""
+        weights: Tensor = cast("MultiHead", self.attention).weights(self._rescaled(query), source, index)
+        return weights
+
+    def _rescaled(self, query: Tokens) -> Queries:
+        assert isinstance(query, Queries) and query.sine is not None
+        return replace(query, sine=query.sine * self.scale(query.content))
 
 
 def _linear(embed_dim: int) -> nn.Linear:

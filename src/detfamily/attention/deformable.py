@@ -7,6 +7,7 @@ queries of a group of heads share one set of moved keys, and each compares itsel
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from detfamily.attention.deformable_position import Layout, PositionBias
 from detfamily.attention.dense import check_heads
 from detfamily.attention.maps import MapAttention, conv_on_map, without_padding
+from detfamily.attention.weights import ZeroValues
 from detfamily.attention.window import attend
 from detfamily.ops import ms_deform_attn
 from detfamily.structures import Size
@@ -74,6 +76,32 @@ class FewKeysAttention(MapAttention):
         added = torch.zeros((), dtype=dtype, device=hidden.device) if added is None else added.to(dtype)
         # finite, so that an image of nothing but padding gives numbers; half, so that logits do not make it infinite
         return added.masked_fill(hidden, torch.finfo(dtype).min / 2)
+
+    def key_weights(
+        self, x: Tensor, place: Size, pos: Tensor | None = None, padding_mask: Tensor | None = None
+    ) -> Tensor:
+        """(B, M, Nk): how the heads weigh the keys for the token at ``place`` (row, column); in evaluation mode."""
+        bare = deepcopy(self)
+        bare.v = values = ZeroValues()  # type: ignore[assignment]
+        bare.proj = nn.Identity()  # type: ignore[assignment]
+        with torch.enable_grad():
+            out = bare.on_map(x if pos is None else x + pos, None, padding_mask)[:, place[0], place[1]]
+            (weights,) = torch.autograd.grad(out.unflatten(-1, (self.num_heads, -1))[..., 0].sum(), values.given)
+        return weights.unflatten(-1, (self.num_heads, -1))[..., 0].transpose(1, 2)
+
+    def key_places(
+        self, x: Tensor, pos: Tensor | None = None, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Where keys start, (Nk, 2), and where they are, (B, G, Nk, 2): x, y in (0, 1) over the map.
+
+        Here they do not move.
+        """
+        h, w = x.shape[1:3]
+        rows, columns = (
+            (torch.arange(max(n // self.stride, 1), device=x.device) + 0.5) * min(self.stride, n) / n for n in (h, w)
+        )
+        start = _grid(rows, columns).flip(-1).flatten(0, 1)
+        return start, start.expand(len(x), 1, -1, -1)
 
 
 class DeformableAttention(FewKeysAttention):
@@ -143,6 +171,21 @@ class DeformableAttention(FewKeysAttention):
         offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32)).unflatten(0, (-1, self.num_groups))
         grid = _grid(*(self.key_axis(n, offsets) for n in offsets.shape[2:4]))
         return self.move(grid, offsets)
+
+    def key_places(
+        self, x: Tensor, pos: Tensor | None = None, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Where keys start, (Nk, 2), and where they are, (B, G, Nk, 2): x, y in (0, 1) over the map."""
+        compared = without_padding(padding_mask, x if pos is None else x + pos)
+        with torch.no_grad():
+            places = self.places(without_padding(padding_mask, self.q(compared)))
+        start = _grid(*(self.key_axis(n, places) for n in places.shape[2:4]))
+        sides = places.new_tensor(x.shape[1:3])
+
+        def over_the_map(places: Tensor) -> Tensor:  # -1 and 1 are the centres of its first and its last token
+            return (((places + 1) / 2 * (sides - 1) + 0.5) / sides).flip(-1).flatten(-3, -2)
+
+        return over_the_map(start.nan_to_num(0, 1, -1)), over_the_map(places)
 
     @staticmethod
     def offset_padding(kernel_size: int, stride: int) -> int:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detfamily.attention.weights import token_at, weights_of
 from detfamily.structures import Tokens
 
 
 class MultiHead(nn.Module):
     """What dense attentions share: heads, and what happens between the projections in and the one out.
+
+    Subclasses define ``compare``.
 
     Args:
         embed_dim: the width C of the tokens.
@@ -36,6 +39,22 @@ class MultiHead(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return out.transpose(1, 2).flatten(2)
 
+    def compare(self, query: Tokens, source: Tokens) -> tuple[Tensor, Tensor]:
+        """Queries (B, M, N, X) and keys (B, M, S, X) of the heads."""
+        raise NotImplementedError
+
+    def mix(self, query: Tokens, source: Tokens, values: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """(B, N, M * X), what each token of ``query`` reads from values (B, M, S, X)."""
+        q, k = self.compare(query, source)
+        return self.attend(q, k, values, allowed(source, attention_mask))
+
+    def weights(self, query: Tokens, source: Tokens, index: int, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, M, S): how the heads weigh the tokens of ``source`` for one token of ``query``; in evaluation mode."""
+        mask = None if attention_mask is None else attention_mask[index : index + 1]
+        batch, tokens, _ = source.content.shape
+        values = source.content.new_zeros(batch, self.num_heads, tokens, 1)
+        return weights_of(lambda values: self.mix(token_at(query, index), source, values, mask), values)[..., 0]
+
 
 class DenseAttention(MultiHead):
     """Multi-head attention; positions are added to queries and keys, not to values (DETR, arXiv 2005.12872, A.3).
@@ -60,11 +79,13 @@ class DenseAttention(MultiHead):
 
     def forward(self, query: Tokens, source: Tokens, attention_mask: Tensor | None = None) -> Tensor:
         """(B, N, C); attention_mask (N, N') is True where a query may not look."""
-        q, k, v = (self.split_heads(x) for x in self._project(query, source))
-        projected: Tensor = self.out_proj(self.attend(q, k, v, allowed(source, attention_mask)))
+        first = 2 * self.out_proj.in_features
+        values = F.linear(source.content, self.in_proj.weight[first:], self.in_proj.bias[first:])
+        projected: Tensor = self.out_proj(self.mix(query, source, self.split_heads(values), attention_mask))
         return projected
 
-    def _project(self, query: Tokens, source: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+    def compare(self, query: Tokens, source: Tokens) -> tuple[Tensor, Tensor]:
+        """Queries and keys, both of content and position."""
         width = self.out_proj.in_features
         weights, biases = self.in_proj.weight, self.in_proj.bias
         if query is source:
@@ -72,7 +93,7 @@ class DenseAttention(MultiHead):
         else:
             q = F.linear(query.with_pos(), weights[:width], biases[:width])
             k = F.linear(source.with_pos(), weights[width : 2 * width], biases[width : 2 * width])
-        return q, k, F.linear(source.content, weights[2 * width :], biases[2 * width :])
+        return self.split_heads(q), self.split_heads(k)
 
 
 def check_heads(embed_dim: int, num_heads: int) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detfamily.structures import Grid, Tokens
+from detfamily.attention.weights import weights_of
+from detfamily.structures import Grid, Size, Tokens
 
 
 class MapAttention(nn.Module):
@@ -15,6 +18,10 @@ class MapAttention(nn.Module):
     Subclasses define ``on_map``. With several levels each is a map of its own, all share the weights, and nothing is
     exchanged between them.
     """
+
+    num_heads: int
+    qkv: nn.Linear
+    proj: nn.Linear
 
     def forward(self, query: Tokens, source: Tokens, attention_mask: Tensor | None = None) -> Tensor:
         """(B, S, C) for the tokens of an encoder.
@@ -52,6 +59,37 @@ class MapAttention(nn.Module):
                 finite, changes nothing for the others. None hides nothing.
         """
         raise NotImplementedError
+
+    def weights_on_map(
+        self, x: Tensor, place: Size, pos: Tensor | None = None, padding_mask: Tensor | None = None
+    ) -> Tensor:
+        """(B, M, h, w): how the heads weigh the tokens of a map for the one at ``place``; in evaluation mode.
+
+        For attentions whose projections are ``qkv`` and ``proj``, the heads side by side.
+
+        Args:
+            x: (B, h, w, C), as for ``on_map``.
+            place: row and column.
+            pos: as for ``on_map``.
+            padding_mask: as for ``on_map``.
+        """
+        bare = deepcopy(self)
+        width = x.shape[-1]
+        with torch.no_grad():  # values and outputs are then the tokens themselves, channel by channel
+            for weight, bias in ((bare.qkv.weight[2 * width :], bare.qkv.bias), (bare.proj.weight, bare.proj.bias)):
+                weight.copy_(torch.eye(width))
+                if bias is not None:
+                    bias[-width:].zero_()
+        compared = x if pos is None else x + pos
+
+        def at_place(values: Tensor) -> Tensor:
+            row, column = place
+            return first_channels(bare.on_map(values, compared, padding_mask)[:, row, column])
+
+        def first_channels(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.num_heads, -1))[..., 0]
+
+        return first_channels(weights_of(at_place, torch.zeros_like(x))).permute(0, 3, 1, 2)
 
 
 def project_qkv(qkv: nn.Linear, x: Tensor, pos: Tensor | None) -> Tensor:

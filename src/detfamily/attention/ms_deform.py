@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from detfamily.attention.dense import check_heads
+from detfamily.attention.weights import token_at
 from detfamily.ops import ms_deform_attn_projected
+from detfamily.ops.reference import sampling
 from detfamily.structures import Grid, Tokens
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Where one token reads, and with what weight.
+
+    Attributes:
+        locations: (B, M, L, P, 2) x and y in (0, 1) over the padded levels.
+        weights: (B, M, L, P); those of a head sum to one.
+        levels: the levels that are read from.
+    """
+
+    locations: Tensor
+    weights: Tensor
+    levels: tuple[int, ...]
 
 
 class MSDeformAttention(nn.Module):
@@ -59,6 +77,9 @@ class MSDeformAttention(nn.Module):
     def forward(self, query: Tokens, source: Tokens, attention_mask: Tensor | None = None) -> Tensor:
         """(B, N, C); reference points are scaled to each level's padded size by its valid ratio."""
         grid = _require_grid(source)
+        return self.sample(query.with_pos(), self._references(query, grid), source.content, grid)
+
+    def _references(self, query: Tokens, grid: Grid) -> Tensor:
         if query.reference_points is None:
             raise ValueError("deformable attention needs reference points, and these queries have none")
         if len(grid.shapes) != self.num_levels:
@@ -66,25 +87,33 @@ class MSDeformAttention(nn.Module):
         ratios = grid.valid_ratios[:, None]
         if query.reference_points.shape[-1] == 4:
             ratios = torch.cat([ratios, ratios], -1)
-        references = query.reference_points[:, :, None] * ratios
-        return self.sample(query.with_pos(), references, source.content, grid)
+        return query.reference_points[:, :, None] * ratios
 
     def sample(self, query: Tensor, reference_points: Tensor, source: Tensor, grid: Grid) -> Tensor:
         """The attention itself; reference_points (B, N, L, R) are normalised to each padded level."""
-        batch, queries, _ = query.shape
         value = self.value_proj(source)
         if grid.padding_mask is not None:
             value = value.masked_fill(grid.padding_mask[..., None], 0.0)
-        offsets = self.sampling_offsets(query)
         output = ms_deform_attn_projected(
-            value.unflatten(-1, (self.num_heads, -1)),
-            grid.shapes,
-            reference_points,
-            offsets.view(batch, queries, self.num_heads, self.num_levels, self.num_points, 2),
-            self.attention_weights(query).view(batch, queries, self.num_heads, -1),
+            value.unflatten(-1, (self.num_heads, -1)), grid.shapes, reference_points, *self._asked(query)
         )
         projected: Tensor = self.output_proj(output)
         return projected
+
+    def _asked(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Offsets (B, N, M, L, P, 2) and logits (B, N, M, L * P)."""
+        batch, queries, _ = query.shape
+        offsets = self.sampling_offsets(query)
+        return (
+            offsets.view(batch, queries, self.num_heads, self.num_levels, self.num_points, 2),
+            self.attention_weights(query).view(batch, queries, self.num_heads, -1),
+        )
+
+    def sampling(self, query: Tokens, source: Tokens, index: int) -> Sampling:
+        """What one token of ``query`` samples."""
+        grid, one = _require_grid(source), token_at(query, index)
+        locations, weights = sampling(grid.shapes, self._references(one, grid), *self._asked(one.with_pos()))
+        return Sampling(locations[:, 0], weights[:, 0], tuple(range(self.num_levels)))
 
 
 class OwnLevelDeformAttention(nn.Module):
@@ -117,6 +146,16 @@ class OwnLevelDeformAttention(nn.Module):
             own = Grid((grid.shapes[level],), masks[level], ratios)
             outputs.append(self.attention.sample(tokens, references[:, :, None] * ratios[:, None], content, own))
         return torch.cat(outputs, dim=1)
+
+    def sampling(self, query: Tokens, source: Tokens, index: int) -> Sampling:
+        """What one token samples, of its own level."""
+        grid, level, before = _require_grid(source), 0, 0
+        while index >= before + math.prod(grid.shapes[level]):
+            before += math.prod(grid.shapes[level])
+            level += 1
+        own = Grid((grid.shapes[level],), None, grid.valid_ratios[:, level : level + 1])
+        found = self.attention.sampling(query, replace(source, grid=own), index)
+        return replace(found, levels=(level,))
 
 
 def _require_grid(source: Tokens) -> Grid:

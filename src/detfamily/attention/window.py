@@ -32,8 +32,8 @@ class WindowAttention(MapAttention):
         embed_dim: the width C of the tokens.
         num_heads: heads M; must divide embed_dim.
         window_size: side of a window, in tokens.
-        shift: of the windows to the lower right, in tokens: 0, or half a window in every other layer. It stays the same
-            on a map smaller than a window.
+        shift: of the windows to the lower right, in tokens: 0, or half a window in every other layer, which None stands
+            for. It stays the same on a map smaller than a window.
         qkv_bias: whether queries, keys and values have biases.
         position_bias: whether logits depend on the relative position.
 
@@ -46,12 +46,13 @@ class WindowAttention(MapAttention):
         embed_dim: int,
         num_heads: int,
         window_size: int,
-        shift: int = 0,
+        shift: int | None = 0,
         qkv_bias: bool = True,
         position_bias: bool = True,
     ) -> None:
         super().__init__()
         check_heads(embed_dim, num_heads)
+        shift = window_size // 2 if shift is None else shift
         if window_size < 1 or not 0 <= shift < window_size:
             raise ValueError(
                 f"window_size={window_size}, shift={shift}: expected at least one token, and a shift of 0 to "

@@ -68,6 +68,31 @@ class ConvFeedForward(nn.Module):
         return output
 
 
+class MixFeedForward(nn.Module):
+    """An FFN whose tokens see their neighbours: linear, depth-wise convolution, GELU, linear (SegFormer, arXiv
+    2105.15203, equation 3); DAT's official code of 2022 has it.
+
+    Args:
+        embed_dim: width C in and out.
+        hidden_dim: width between.
+        dropout: after the activation, and of what comes out.
+    """
+
+    def __init__(self, embed_dim: int, hidden_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(embed_dim, hidden_dim)
+        self.depthwise = depthwise(hidden_dim)
+        self.activation = nn.GELU()
+        self.linear2 = nn.Linear(hidden_dim, embed_dim)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, h, w, C) -> (B, h, w, C)"""
+        x = self.dropout(self.activation(conv_on_map(self.depthwise, self.linear1(x))))
+        output: Tensor = self.dropout(self.linear2(x))
+        return output
+
+
 class NormedConvFeedForward(nn.Module):
     """The FFN of CMT (arXiv 2107.06263, section 3.4), with BatchNorm; DAT's official code for detection has it.
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Literal, cast
 
-import torch
 import torchvision
 from torch import Tensor, nn
 
 from detfamily.backbones.fold import conv_norm
+from detfamily.backbones.weights import naming, read_state
 from detfamily.errors import CheckpointError
 
 _STAGES = {2: "layer1", 3: "layer2", 4: "layer3", 5: "layer4"}
@@ -110,15 +108,8 @@ def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
                 "state dict, or backbone.weights=null to start from random weights"
             ) from error
         return state
-    if not Path(weights).is_file():
-        raise CheckpointError(f"backbone.weights={weights!r}: no such file; expected a path, 'imagenet' or null")
-    try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"backbone.weights={weights!r} cannot be read: {error}") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"backbone.weights={weights!r} holds a {type(state).__name__}; expected a state dict")
-    return state
+    with naming(weights):
+        return read_state(weights, {}, otherwise="expected a path, 'imagenet' or")
 
 
 def _load(body: nn.Module, state: Mapping[str, Tensor], weights: str) -> None:

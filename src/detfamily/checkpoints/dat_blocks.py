@@ -129,6 +129,15 @@ def conv_feed_forward(ours: str, official: str) -> list[Rule]:
     ]
 
 
+def mix_feed_forward(ours: str, official: str) -> list[Rule]:
+    """TransformerMLPWithConv of 2022."""
+    return [
+        *_pointwise(ours + "linear1", official + "linear1"),
+        *_pointwise(ours + "linear2", official + "linear2"),
+        Rename(ours + "depthwise.{rest}", (official + "dwc.{rest}",)),
+    ]
+
+
 def _pointwise(ours: str, official: str) -> list[Rule]:
     """A linear layer that is a 1 x 1 convolution there."""
     return [

@@ -9,7 +9,7 @@ Mappings without ``_target_`` hold plain values; their defaults are the schema.
 from detfamily.config.build import build
 from detfamily.config.compose import compose
 from detfamily.config.containers import to_container
-from detfamily.config.registry import configs_dir, groups, groups_of
+from detfamily.config.registry import configs_dir, groups, groups_for, groups_of
 from detfamily.config.validate import validate
 
-__all__ = ["build", "compose", "configs_dir", "groups", "groups_of", "to_container", "validate"]
+__all__ = ["build", "compose", "configs_dir", "groups", "groups_for", "groups_of", "to_container", "validate"]

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from detfamily.config.containers import MISSING, Problem, as_written, dotted, nested, raise_all, to_container, walk
 from detfamily.config.overrides import Registry, choice, chooses, read_override, set_field
 from detfamily.config.plain_values import plain_value_problems
-from detfamily.config.registry import folder_of, groups, read_yaml, stamps
+from detfamily.config.registry import folder_of, groups, groups_for, place_of, read_yaml, stamps
 from detfamily.errors import ConfigError, nearest
 
 PRESETS = ("family", "experiment", "local")
@@ -41,7 +41,7 @@ class _Part(NamedTuple):
 
     @property
     def preset(self) -> bool:
-        return self.path.split("/")[0] in PRESETS
+        return not set(self.path.split("/")[:-1]).isdisjoint(PRESETS)
 
 
 def compose(config_name: str, overrides: Sequence[str] = (), configs: Path | None = None) -> DictConfig:
@@ -63,9 +63,9 @@ def compose(config_name: str, overrides: Sequence[str] = (), configs: Path | Non
     """
     folder = folder_of(configs)
     read_yaml(folder / f"{config_name}.yaml")
-    registry = groups(folder)
+    registry = groups_for(config_name, folder)
     parsed = [read_override(text, registry) for text in overrides]
-    chosen = [choice(one, registry, folder) for one in parsed if chooses(one, registry)]
+    chosen = [choice(one, registry) for one in parsed if chooses(one, registry)]
     lists = {one.key_or_group: names for one in parsed if chooses(one, registry) and (names := _names_listed(one))}
     composed, schema = _compose_groups(folder, config_name, _one_each(chosen, lists), stamps(folder))
     cfg = copy.deepcopy(composed)
@@ -119,7 +119,8 @@ def _parts(folder: Path, config_name: str, chosen: Sequence[str]) -> list[_Part]
     try:
         with initialize_config_dir(config_dir=str(folder), version_base="1.3", job_name="detfamily"):
             loader = GlobalHydra.instance().config_loader()
-            found = loader.compute_defaults_list(config_name, list(chosen), RunMode.RUN).defaults
+            placed = [_placed(line, config_name, folder) for line in chosen]
+            found = loader.compute_defaults_list(config_name, placed, RunMode.RUN).defaults
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise _composition_error(error, config_name, groups(folder)) from error
     parts = []
@@ -129,6 +130,12 @@ def _parts(folder: Path, config_name: str, chosen: Sequence[str]) -> list[_Part]
             body = {key: value for key, value in read_yaml(folder / f"{path}.yaml").items() if key != "defaults"}
             parts.append(_Part(path, nested(one.package or "", body)))
     return parts
+
+
+def _placed(line: str, config_name: str, folder: Path) -> str:
+    """An override of a group, which names the place of the group's choices."""
+    group = line.partition("=")[0].lstrip("+~")
+    return line.replace(group, place_of(group, config_name, folder), 1)
 
 
 def _merge(cfg: DictConfig, parts: Iterable[_Part]) -> DictConfig:

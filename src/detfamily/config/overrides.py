@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -89,7 +88,7 @@ def chooses(one: Override, registry: Registry) -> bool:
     return one.key_or_group in registry and not isinstance(one.value(), dict)
 
 
-def choice(one: Override, registry: Registry, folder: Path) -> str:
+def choice(one: Override, registry: Registry) -> str:
     """The override of a group as Hydra wants it.
 
     Raises:
@@ -105,7 +104,7 @@ def choice(one: Override, registry: Registry, folder: Path) -> str:
         # A choice may be called 50 or 1x: take the text as it was typed, not the number that it parses to.
         names = [value if isinstance(value, str) else line.partition("=")[2].strip()]
     for name in names:
-        if not (folder / group / f"{name}.yaml").is_file():
+        if name not in registry[group]:
             raise ConfigError(f"{group} has no choice {name!r}: {nearest(name, registry[group])}")
     return line if isinstance(value, (list, str)) else f"{line.partition('=')[0]}='{names[0]}'"
 

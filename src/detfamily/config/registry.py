@@ -45,12 +45,36 @@ def groups(configs: Path | None = None) -> dict[str, list[str]]:
     return found
 
 
+def groups_for(config_name: str, configs: Path | None = None) -> dict[str, list[str]]:
+    """The groups that overrides of a primary config may name, and their choices.
+
+    A primary config may have choices of its own of a group, in a folder of its name: ``classify/data`` is what
+    ``data`` means to ``classify``. Those of other primary configs are not seen.
+    """
+    folder = folder_of(configs)
+    found, own = {}, {}
+    for name, choices in groups(folder).items():
+        first, _, rest = name.partition("/")
+        if rest and first == config_name:
+            own[rest] = choices
+        elif not (rest and (folder / f"{first}.yaml").is_file()):
+            found[name] = choices
+    return found | own
+
+
+def place_of(group: str, config_name: str, configs: Path | None = None) -> str:
+    """Where the choices of a group lie for a primary config: ``classify/data``, or ``backbone``."""
+    own = f"{config_name}/{group}"
+    return own if (folder_of(configs) / own).is_dir() else group
+
+
 def groups_of(config_name: str, configs: Path | None = None) -> dict[str, list[str]]:
     """The groups in the defaults list of one primary config, in the order of that list, and their choices."""
     folder = folder_of(configs)
-    every = groups(folder)
+    every = groups_for(config_name, folder)
     entries = read_yaml(folder / f"{config_name}.yaml").get("defaults") or []
     names = [str(key).split()[-1].lstrip("/").split("@")[0] for e in entries if isinstance(e, dict) for key in e]
+    names = [name.removeprefix(f"{config_name}/") for name in names]
     return {name: every[name] for name in names if name in every}
 
 

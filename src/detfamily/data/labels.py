@@ -109,6 +109,10 @@ class LabelMap:
         name = self.names[label]
         return name if name is not None else f"(unused column {label})"
 
+    def by_label(self) -> dict[int, str]:
+        """The category name of each column that stands for one."""
+        return {label: name for label, name in enumerate(self.names) if name is not None}
+
     def state_dict(self) -> dict[str, list[int | None] | list[str | None]]:
         """Plain lists, for a checkpoint."""
         return {"category_ids": list(self.category_ids), "names": list(self.names)}

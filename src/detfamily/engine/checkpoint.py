@@ -39,10 +39,11 @@ from detfamily.files import write_atomically
 
 FORMAT = 1
 
-# The nodes of a config that say how a run goes; all others say what the model is.
+# The nodes of a config that say how a run goes; all others say what the model is. A classifier is made of some of both.
 RUN_NODES = frozenset(
-    "augmentation check checkpoint criterion data drop_epochs evaluation family_name init_ema init_from init_partial "
-    "name optimizer output_dir postprocess published resume runtime schedule seed tracking".split()
+    "augmentation check checkpoint classifier criterion data drop_epochs evaluate_only evaluation family_name init_ema "
+    "init_from init_partial name optimizer output_dir postprocess pretrained published resume runtime schedule seed "
+    "tracking visualization".split()
 )
 _NEEDED = ("config", "template", "label_map", "model")
 _OF_A_RUN = ("optimizer", "scaler", "epoch", "steps_done", "plan", "meter", "rng", "best")

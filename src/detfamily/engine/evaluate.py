@@ -30,7 +30,7 @@ from detfamily.errors import CheckpointError, ConfigError, DataError
 from detfamily.evaluation.coco_metrics import CocoEvaluator, CocoMetrics
 from detfamily.evaluation.results import evaluate_results, write_results
 from detfamily.files import write_text_atomically
-from detfamily.structures import Detections, Images, Predictions
+from detfamily.structures import Batch, Detections, Images, Predictions
 from detfamily.tracking.console import ProgressBar
 from detfamily.visualize.boxes import draw_comparison
 
@@ -121,25 +121,12 @@ def evaluate_model(
     Raises:
         DataError: an image is missing or broken, in any process.
     """
-    was_training = model.training
-    device = runtime.torch_device(world.local_rank)
-    model.eval()
-    spread, failure = QuerySpread(world), None
-    with ProgressBar("evaluating", len(loader), shown=world.is_main) as bar:
-        try:
-            for batch in loader:
-                if stopped():
-                    break
-                images = batch.images.to(device, non_blocking=True)
-                evaluator.update(images.image_ids, detect(model, postprocess, images, runtime, spread))
-                bar.advance()
-        except DataError as error:
-            failure = error
-    model.train(was_training)
-    rows = world.gather_numbers([failure is not None, stopped()])
-    if any(row[0] for row in rows):
-        world.end_together(failure)
-    if any(row[1] for row in rows):
+    spread = QuerySpread(world)
+
+    def consume(batch: Batch) -> None:
+        evaluator.update(batch.images.image_ids, detect(model, postprocess, batch.images, runtime, spread))
+
+    if not go_through(model, loader, consume, runtime, world, stopped):
         return None
     shares = world.gather_objects(evaluator.results())
     for share in shares[1:]:
@@ -147,6 +134,49 @@ def evaluate_model(
     metrics = world.from_main(evaluator.summarize() if world.is_main else None)
     assert metrics is not None
     return Evaluation(metrics, evaluator.results() if world.is_main else [], batch_size, spread.read())
+
+
+def go_through(
+    model: nn.Module,
+    loader: Loader,
+    consume: Callable[[Batch], object],
+    runtime: Runtime,
+    world: World,
+    stopped: Callable[[], bool],
+) -> bool:
+    """Show a model this process' share of a validation set; a call of all processes.
+
+    Args:
+        model: is put into evaluation mode, and back.
+        loader: of the share.
+        consume: called with each batch, on the device.
+        runtime: says the device.
+        world: the processes.
+        stopped: asked between batches whether to give up.
+
+    Returns:
+        False if any process was stopped.
+
+    Raises:
+        DataError: an image is missing or broken, in any process.
+    """
+    was_training, device = model.training, runtime.torch_device(world.local_rank)
+    model.eval()
+    failure = None
+    with ProgressBar("evaluating", len(loader), shown=world.is_main) as bar:
+        try:
+            for batch in loader:
+                if stopped():
+                    break
+                consume(batch.to(device, non_blocking=True))
+                bar.advance()
+        except DataError as error:
+            failure = error
+    model.train(was_training)
+    rows = world.gather_numbers([failure is not None, stopped()])
+    if any(row[0] for row in rows):
+        world.end_together(failure)
+    return not any(row[1] for row in rows)
 
 
 def draw_examples(

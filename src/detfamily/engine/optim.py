@@ -31,12 +31,20 @@ class ParameterGroup:
         weight_decay: instead of the base weight decay; None keeps it.
         optional: the group may be empty, because some choices of blocks have no such parameters; otherwise a pattern
             that matches nothing is taken for a typo.
+        max_dim: parameters of so many axes or fewer belong to the group, too, whatever they are called: with 1 the
+            biases and the scales of norms; None adds none.
     """
 
     pattern: str
     lr_factor: float = 1.0
     weight_decay: float | None = None
     optional: bool = False
+    max_dim: int | None = None
+
+    def holds(self, name: str, parameter: Tensor) -> bool:
+        """Whether a parameter belongs to the group."""
+        few = self.max_dim is not None and parameter.ndim <= self.max_dim
+        return few or re.search(self.pattern, name) is not None
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,7 @@ def assign(model: nn.Module, groups: Mapping[str, ParameterGroup]) -> dict[str, 
     parameters = dict(model.named_parameters())
     members: dict[str, dict[str, nn.Parameter]] = {DEFAULT_GROUP: {}, **{name: {} for name in groups}}
     for group_name, group in groups.items():
-        if not group.optional and not any(re.search(group.pattern, name) for name in parameters):
+        if not group.optional and not any(group.holds(name, one) for name, one in parameters.items()):
             word = max(re.findall(r"\w+", group.pattern), key=len, default=group.pattern)
             parts = {part for name in parameters for part in (name, *name.split(".")) if not part.isdigit()}
             raise ConfigError(
@@ -144,7 +152,7 @@ def assign(model: nn.Module, groups: Mapping[str, ParameterGroup]) -> dict[str, 
     for name, parameter in parameters.items():
         if not parameter.requires_grad:
             continue
-        found = [group_name for group_name, group in groups.items() if re.search(group.pattern, name)]
+        found = [group_name for group_name, group in groups.items() if group.holds(name, parameter)]
         if len(found) > 1:
             patterns = " and ".join(f"{one} ({groups[one].pattern!r})" for one in found)
             raise ConfigError(f"the parameter {name} is matched by the groups {patterns}; make their patterns disjoint")

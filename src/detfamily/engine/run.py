@@ -23,6 +23,11 @@ LAST, BEST = "last.pt", "best.pt"
 # found before some hundred steps.
 FEW_STEPS = 500
 
+FROZEN_AT_RANDOM = (
+    "backbone.weights=null leaves the frozen stages and norms of the backbone as they were drawn, for good: to train "
+    "from scratch choose backbone=resnet50_scratch, or backbone.frozen_stages=0 with trained norms"
+)
+
 
 @dataclass(frozen=True)
 class Start:
@@ -127,10 +132,7 @@ def concerns(num_queries: int, max_objects: int, total_steps: int, frozen_random
             "schedule.epochs or schedule.images_per_epoch, or lower schedule.total_batch_size"
         )
     if frozen_random:
-        found.append(
-            "backbone.weights=null leaves the frozen stages and norms of the backbone as they were drawn, for good: to "
-            "train from scratch choose backbone=resnet50_scratch, or backbone.frozen_stages=0 with trained norms"
-        )
+        found.append(FROZEN_AT_RANDOM)
     return found
 
 

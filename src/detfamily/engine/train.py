@@ -1,17 +1,19 @@
-"""The training loop, for every family.
+"""The training loop, for every family and every task.
 
 From top to bottom: ``train`` sets a run up, ``Trainer.train`` goes through the epochs, ``train_epoch`` through the
-steps, ``train_step`` through the micro-batches of one optimiser step.
+steps, ``train_step`` through the micro-batches of one optimiser step. What is a detector's alone stands at the end, in
+``DetectorTrainer``; ``detfamily.classification`` has what is a classifier's.
 """
 
 from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any, Protocol, cast, get_args
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -24,9 +26,10 @@ from detfamily.checkpoints.transfer import Initial, Report, read_initial, start_
 from detfamily.config import build, to_container, validate
 from detfamily.criterion import Losses, Normalizer
 from detfamily.data.loader import naming_lost_workers, train_loader, validation_loader
+from detfamily.detector import Detector
 from detfamily.engine import checkpoint
 from detfamily.engine.collapse import collapse_words
-from detfamily.engine.diagnosis import NOTHING, StepRecord, diagnose
+from detfamily.engine.diagnosis import NOTHING, StepRecord, diagnose, tensors
 from detfamily.engine.distributed import World, join
 from detfamily.engine.evaluate import (
     Evaluation,
@@ -67,12 +70,15 @@ from detfamily.errors import CheckpointError, ConfigError, DataError, NonFiniteE
 from detfamily.evaluation.coco_metrics import Backend
 from detfamily.files import remove_parts
 from detfamily.ops import backends
-from detfamily.structures import Batch, Predictions
+from detfamily.structures import Batch
 from detfamily.tracking.console import ProgressBar
 from detfamily.tracking.files import EPOCHS, read_rows
 from detfamily.tracking.tracker import RunInfo, Tracker
 from detfamily.tracking.trackers import Trackers
 from detfamily.visualize.curves import plot_curves
+from detfamily.visualize.examples import draw_attention
+from detfamily.visualize.explain import Request
+from detfamily.visualize.look import attentions_of
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -94,34 +100,63 @@ def train(cfg: DictConfig) -> dict[str, float]:
         ElsewhereError: another process has one of these errors, or is gone.
         SystemExit: after Ctrl-C or SIGTERM; ``last.pt`` holds the state after the last finished step.
     """
+    return run(DetectorTrainer, cfg)
+
+
+def run(trainer: type[Trainer], cfg: DictConfig) -> dict[str, float]:
+    """Check a config, set this process up, and train; as ``train``."""
     validate(cfg)
     runtime: Runtime = build(cfg.runtime)
     runtime.apply()
     with join(runtime.device_type) as world, Interruption() as interruption:
-        trainer = Trainer(cfg, runtime, world, interruption)
+        made = trainer(cfg, runtime, world, interruption)
         with naming_lost_workers():
-            return trainer.train()
+            return made.train()
+
+
+class Result(Protocol):
+    """How good a model is on a validation set."""
+
+    def numbers(self) -> dict[str, float]:
+        """Name -> number, as they are tracked."""
+        ...
+
+    def table(self) -> str:
+        """The numbers for people."""
+        ...
+
+    def write(self, folder: Path) -> object:
+        """Write ``metrics.json``, and what else there is."""
+        ...
 
 
 class Trainer:
     """One training run, in one process of possibly several.
 
+    A task is a subclass; it says what the network, its criterion and its evaluation are.
+
     Args:
-        cfg: composed from ``train.yaml`` and validated.
+        cfg: composed from the task's primary config, and validated.
         runtime: built from it, and applied.
         world: the processes.
         interruption: what a signal wishes.
+
+    Attributes:
+        metric: of the evaluation, by which the best weights are kept; larger is better.
+        net: the network, not wrapped for several processes.
     """
+
+    metric: str
 
     def __init__(self, cfg: DictConfig, runtime: Runtime, world: World, interruption: Interruption) -> None:
         self.cfg, self.runtime, self.world, self.interruption = cfg, runtime, world, interruption
         self.device = runtime.torch_device(world.local_rank)
         self.start = find_start(cfg, world)
         state = checkpoint.load_run(self.start.checkpoint) if self.start.checkpoint else None
-        given = None if state is not None or cfg.init_from is None else read_initial(cfg.init_from, cfg.init_ema)
+        given = None if state is not None or cfg.init_from is None else self.read_initial()
         self.schedule: Schedule = build(cfg.schedule)
         self.recipe: AdamW = build(cfg.optimizer)
-        _check_settings(cfg)
+        self.check_settings()
 
         with world.main_first():
             self.data = build(cfg.data)
@@ -132,20 +167,19 @@ class Trainer:
 
         seed_all(cfg.seed)
         self.initial: Report | None = None
-        self.detector = self._build_detector(state, given).to(self.device)
-        self.criterion = build_criterion(cfg).to(self.device)
-        self.postprocess = build_postprocess(cfg)
-        self.optimizer = self.recipe.build(self.detector)
-        self.ema = None if self.recipe.ema_decay is None else Ema(self.detector, self.recipe.ema_decay)
+        self.net = self._starting_net(state, given).to(self.device)
+        self.criterion = self.build_criterion().to(self.device)
+        self.optimizer = self.recipe.build(self.net)
+        self.ema = None if self.recipe.ema_decay is None else Ema(self.net, self.recipe.ema_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=runtime.precision == "fp16")
-        self.statistics = RunningStatistics(self.detector)
+        self.statistics = RunningStatistics(self.net)
         self.guard = FiniteGuard(
             world, runtime.on_non_finite == "skip", scaled=runtime.precision == "fp16", explain=self.explain
         )
         self.meter = LossMeter(world)
         if runtime.compile:
-            self.detector.compile()
-        self.model = self._spread(self.detector)
+            self.net.compile()
+        self.model = self._spread(self.net)
         # From here on the processes draw different numbers (dropout, noise); their weights are the main one's.
         seed_all(cfg.seed + world.rank)
 
@@ -167,10 +201,10 @@ class Trainer:
 
         self.epoch, self.steps_done = 0, 0
         self.best: float | None = None
-        self.evaluation: Evaluation | None = None
+        self.evaluation: Result | None = None
         self.judged: StepRecord | None = None
         self.failure: DataError | None = None
-        self.stop_wanted = self.save_wanted = self.collapsed = False
+        self.stop_wanted = self.save_wanted = False
         self.saved_at = time.monotonic()
         if state is not None:
             self.load_state_dict(state)
@@ -201,7 +235,8 @@ class Trainer:
                 self.meter.reset()
                 numbers["seconds_left"] = (time.perf_counter() - started) * (self.plan.epochs - self.epoch)
                 self.trackers.log_epoch(numbers, self.epoch, self.step)
-                self.keep(numbers.get("AP"))
+                self.draw_epoch()
+                self.keep(numbers.get(self.metric))
             numbers = self.finish(numbers)
             completed = True
             return numbers
@@ -275,12 +310,12 @@ class Trainer:
             losses: Losses = self.criterion(predictions, batch.targets, normalizer, ride)
             return losses
         except NonFiniteError:  # left to the guard, so that all processes learn of it, and at the same point
-            return Losses(_poisoned(predictions), {}, {})
+            return Losses(_poisoned(tensors(predictions)), {}, {})
 
     def update(self, total: Tensor, image_ids: list[int]) -> Tensor:
         """Clip, and move the weights unless something is not finite; returns the gradients' norm."""
         self.scaler.unscale_(self.optimizer)
-        norm = clip_gradients(self.detector.parameters(), self.recipe.clip_norm)
+        norm = clip_gradients(self.net.parameters(), self.recipe.clip_norm)
         finite = self.guard.board(total, norm, self.step + 1, image_ids)
         self.statistics.settle(finite)
         set_lr(self.optimizer, self.factor(self.step))
@@ -288,7 +323,7 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad()
         if self.ema is not None:
-            self.ema.update(self.detector)
+            self.ema.update(self.net)
         return norm
 
     def meet(self, batches: list[Batch]) -> tuple[Normalizer, list[int]]:
@@ -312,7 +347,7 @@ class Trainer:
         """Words about what was not finite in the step that the guard judged last; a call of all processes."""
         assert self.judged is not None
         mine = diagnose(
-            self.detector,
+            self.net,
             self.criterion,
             self.judged,
             self.device,
@@ -335,7 +370,7 @@ class Trainer:
         """After the first backward: every parameter that is to be trained must have got a gradient."""
         if self.step > 0:
             return
-        idle = [name for name, one in self.detector.named_parameters() if one.requires_grad and one.grad is None]
+        idle = [name for name, one in self.net.named_parameters() if one.requires_grad and one.grad is None]
         if not idle:
             return
         words = f"no loss reaches {len(idle)} trainable parameters ({', '.join(idle[:4])}{', ...' * (len(idle) > 4)})"
@@ -347,31 +382,18 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate the averaged weights where there are some, else the trained ones."""
-        self.world.share_buffers(self.detector)
+        self.world.share_buffers(self.net)
         if self.ema is not None:  # its averages of running statistics drift apart as those themselves do
             self.world.share_buffers(self.ema.model)
-        self.evaluation = evaluate_model(
-            self.evaluated,
-            self.val_loader,
-            self.postprocess,
-            new_evaluator(self.cfg, self.data, self.data.label_map),
-            self.val_batch_size,
-            self.runtime,
-            self.world,
-            stopped=lambda: self.interruption.wanted,
-        )
+        self.evaluation = self.measure()
         if self.evaluation is None:
             self.leave()
         assert self.evaluation is not None
-        words = collapse_words(self.evaluation.query_spread, int(self.cfg.model.num_queries))
-        if words and not self.collapsed:
-            self.world.say(f"warning: {words}")
-        self.collapsed = words is not None
         return self.evaluation.numbers()
 
     @property
     def evaluated(self) -> nn.Module:
-        return self.detector if self.ema is None else self.ema.model
+        return self.net if self.ema is None else self.ema.model
 
     def announce(self) -> None:
         """Make the run folder, and say what is going to be done."""
@@ -387,7 +409,7 @@ class Trainer:
         rows = [
             ("data", self.data.describe()),
             ("labels", label_words(self.data.label_map.names)),
-            ("model", parameter_words(self.detector)),
+            ("model", parameter_words(self.net)),
             ("device", self.runtime.describe(self.world.size)),
             ("batch", chosen.describe_batch()),
             (
@@ -395,29 +417,19 @@ class Trainer:
                 f"{chosen.epochs} epochs x {chosen.steps_per_epoch} steps = {chosen.total_steps} steps, "
                 f"{chosen.total_images} images",
             ),
-            ("optimizer", self.recipe.describe(self.detector)),
+            ("optimizer", self.recipe.describe(self.net)),
             ("schedule", self.schedule.describe(chosen.total_steps)),
             ("run folder", str(self.start.folder)),
         ]
-        if any(isinstance(module, MSDeformAttention) for module in self.detector.modules()):
+        if any(isinstance(module, MSDeformAttention) for module in self.net.modules()):
             rows.insert(4, ("sampling op", backends.describe(self.device.type)))
         if self.start.checkpoint is not None:
             rows.append(("resumed", f"{self.start.checkpoint}, after step {self.step}, {self.images_seen} images"))
         if self.initial is not None:
             rows += self.initial.rows
         self.world.say(f"training {self.cfg.name}\n{listing(rows)}")
-        for words in () if self.initial is None else self.initial.warnings:
+        for words in (*(() if self.initial is None else self.initial.warnings), *self.concerns()):
             self.world.say(f"warning: {words}")
-        starts_from_weights = self.start.checkpoint is not None or self.cfg.init_from is not None
-        for words in unread(self.detector):
-            self.world.say(f"warning: {words}")
-        for concern in concerns(
-            int(self.cfg.model.num_queries) * max(1, int(self.cfg.model.num_patterns)),
-            self.train_set.max_objects,
-            chosen.total_steps,
-            frozen_at_random(self.cfg.backbone, starts_from_weights),
-        ):
-            self.world.say(f"warning: {concern}")
 
     def log_step(self) -> str | None:
         """Look at the loss every ``tracking.log_every`` steps; returns words for the progress bar."""
@@ -441,30 +453,17 @@ class Trainer:
         if history := read_rows(folder / EPOCHS):
             plot_curves(history, folder / "curves.png")
             self.trackers.log_image("curves", folder / "curves.png", self.step)
-        if self.cfg.evaluation.pictures:
-            names = dict(enumerate(self.data.label_map.name(i) for i in range(self.data.label_map.num_classes)))
-            path = folder / "predictions.png"
-            draw_examples(
-                self.evaluated,
-                self.val_set,
-                self.postprocess,
-                names,
-                self.runtime,
-                path,
-                self.cfg.evaluation.pictures,
-                self.val_batch_size,
-            )
-            self.trackers.log_image("predictions", path, self.step)
-        best = "" if self.best is None else f" (best AP {100 * self.best:.1f}: {folder / BEST})"
+        self.draw(folder)
+        best = "" if self.best is None else f" (best {self.metric} {100 * self.best:.1f}: {folder / BEST})"
         self.world.say(f"results     {folder}{best}")
         return numbers
 
     # -- state --------------------------------------------------------------------------------------------------------
 
-    def keep(self, ap: float | None) -> None:
-        """Write the checkpoints that are due after an epoch."""
-        better = ap is not None and (self.best is None or ap > self.best)
-        self.best = ap if better else self.best
+    def keep(self, value: float | None) -> None:
+        """Write the checkpoints that are due after an epoch, in which the metric was this, if it was measured."""
+        better = value is not None and (self.best is None or value > self.best)
+        self.best = value if better else self.best
         names = [BEST] * better
         if self.cfg.checkpoint.every and self.epoch % self.cfg.checkpoint.every == 0:
             names.append(f"epoch_{self.epoch:04}.pt")
@@ -514,9 +513,9 @@ class Trainer:
             "config": self.config,
             "template": OmegaConf.to_container(self.cfg, resolve=False),
             "label_map": self.data.label_map.state_dict(),
-            "model": self.detector.state_dict(),
+            "model": self.net.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
-            "optimizer": moments(self.detector, self.optimizer),
+            "optimizer": moments(self.net, self.optimizer),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "steps_done": self.steps_done,
@@ -539,7 +538,7 @@ class Trainer:
         """
         assert self.start.checkpoint is not None
         check_plan(state, self._shape_of_plan(), self.start.checkpoint)
-        load_moments(self.detector, self.optimizer, state["optimizer"])
+        load_moments(self.net, self.optimizer, state["optimizer"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"] or {"updates": 0, "model": state["model"]})
         if state["scaler"] and self.scaler.is_enabled():
@@ -558,21 +557,21 @@ class Trainer:
                 f"resumed with {self.world.size} processes instead of {len(state['rng'])}: random numbers start anew"
             )
 
-    def _build_detector(self, state: dict[str, Any] | None, given: Initial | None) -> nn.Module:
-        """The model with the weights that it starts from: a checkpoint's, or what its backbone was pretrained to."""
+    def _starting_net(self, state: dict[str, Any] | None, given: Initial | None) -> nn.Module:
+        """The network with the weights that it starts from: a checkpoint's, or what its backbone was pretrained to."""
         # Weights without a backbone fit only in part, if that is asked for: then it starts as it would without them.
         pretrained = state is None and (given is None or (self.cfg.init_partial and not given.has_backbone))
-        detector = build_detector(self.cfg, self.data.label_map.num_classes, pretrained=pretrained)
+        net = self.build_net(pretrained)
         if state is not None:
             source = self.start.checkpoint
             assert source is not None
             checkpoint.check_same_model(state["config"], self.config, source)
             if state["label_map"] != self.data.label_map.state_dict():
                 raise CheckpointError(f"{source} was trained on other classes than the data set has now")
-            checkpoint.load_weights(detector, state["model"], source)
+            checkpoint.load_weights(net, state["model"], source)
         elif given is not None:
-            self.initial = start_from(detector, given, self.config, self.data.label_map, self.cfg.init_partial)
-        return detector
+            self.initial = self.start_from(given, net)
+        return net
 
     def _spread(self, model: nn.Module) -> nn.Module:
         if self.world.size == 1:
@@ -586,29 +585,165 @@ class Trainer:
     def _shape_of_plan(self) -> dict[str, int]:
         return {"total_batch_size": self.plan.total_batch_size, "steps_per_epoch": self.plan.steps_per_epoch}
 
+    # -- what a task says ---------------------------------------------------------------------------------------------
+
+    def build_net(self, pretrained: bool) -> nn.Module:
+        """The network; with ``pretrained`` its backbone has the weights that the config names."""
+        raise NotImplementedError
+
+    def build_criterion(self) -> nn.Module:
+        """Called as ``criterion(outputs of the network, targets, normalizer, ride)``; gives ``Losses``."""
+        raise NotImplementedError
+
+    def read_initial(self) -> Initial:
+        """The weights of ``init_from``."""
+        raise NotImplementedError
+
+    def start_from(self, given: Initial, net: nn.Module) -> Report:
+        """Put such weights into the network."""
+        raise NotImplementedError
+
+    def measure(self) -> Result | None:
+        """Evaluate; None if a signal came meanwhile, in any process."""
+        raise NotImplementedError
+
+    def concerns(self) -> list[str]:
+        """What may ruin the run, in a sentence each."""
+        raise NotImplementedError
+
+    def draw(self, folder: Path) -> None:
+        """Leave pictures of what the network does in the run folder, at the end."""
+
+    def draw_epoch(self) -> None:
+        """Leave pictures of what the network does after an epoch."""
+
+    def check_settings(self) -> None:
+        """Refuse plain values that no constructor sees.
+
+        Raises:
+            ConfigError: names the setting.
+        """
+        cfg = self.cfg
+        for key, value, least in (
+            ("evaluation.every", cfg.evaluation.every, 1),
+            ("checkpoint.every", 1 if cfg.checkpoint.every is None else cfg.checkpoint.every, 1),
+            ("checkpoint.every_seconds", cfg.checkpoint.every_seconds, 0),
+            ("tracking.log_every", cfg.tracking.log_every, 1),
+        ):
+            require_at_least(least, key, value)
+        if not str(cfg.name) or "/" in str(cfg.name):
+            raise ConfigError(f"name is {cfg.name!r}; expected a name, as the run folder is called after it")
+
+
+class DetectorTrainer(Trainer):
+    """Training of a detector: set prediction, COCO's AP."""
+
+    metric = "AP"
+
+    def __init__(self, cfg: DictConfig, runtime: Runtime, world: World, interruption: Interruption) -> None:
+        super().__init__(cfg, runtime, world, interruption)
+        self.postprocess = build_postprocess(cfg)
+        self.collapsed = False
+        self.request = Request(cfg.visualization.what, count=cfg.visualization.queries)
+        if cfg.visualization.every is not None:
+            self.request.kinds(attentions_of(cast("Detector", self.net)))
+
+    def build_net(self, pretrained: bool) -> nn.Module:
+        return build_detector(self.cfg, self.data.label_map.num_classes, pretrained=pretrained)
+
+    def build_criterion(self) -> nn.Module:
+        return build_criterion(self.cfg)
+
+    def read_initial(self) -> Initial:
+        return read_initial(self.cfg.init_from, self.cfg.init_ema)
+
+    def start_from(self, given: Initial, net: nn.Module) -> Report:
+        return start_from(net, given, self.config, self.data.label_map, self.cfg.init_partial)
+
+    def measure(self) -> Evaluation | None:
+        found = evaluate_model(
+            self.evaluated,
+            self.val_loader,
+            self.postprocess,
+            new_evaluator(self.cfg, self.data, self.data.label_map),
+            self.val_batch_size,
+            self.runtime,
+            self.world,
+            stopped=lambda: self.interruption.wanted,
+        )
+        if found is None:
+            return None
+        words = collapse_words(found.query_spread, int(self.cfg.model.num_queries))
+        if words and not self.collapsed:
+            self.world.say(f"warning: {words}")
+        self.collapsed = words is not None
+        return found
+
+    def concerns(self) -> list[str]:
+        starts_from_weights = self.start.checkpoint is not None or self.cfg.init_from is not None
+        return [
+            *unread(self.net),
+            *concerns(
+                int(self.cfg.model.num_queries) * max(1, int(self.cfg.model.num_patterns)),
+                self.train_set.max_objects,
+                self.plan.total_steps,
+                frozen_at_random(self.cfg.backbone, starts_from_weights),
+            ),
+        ]
+
+    def draw(self, folder: Path) -> None:
+        if not self.cfg.evaluation.pictures:
+            return
+        names = dict(enumerate(self.data.label_map.name(i) for i in range(self.data.label_map.num_classes)))
+        path = folder / "predictions.png"
+        draw_examples(
+            self.evaluated,
+            self.val_set,
+            self.postprocess,
+            names,
+            self.runtime,
+            path,
+            self.cfg.evaluation.pictures,
+            self.val_batch_size,
+        )
+        self.trackers.log_image("predictions", path, self.step)
+
+    def draw_epoch(self) -> None:
+        """Draw what the model looks at, after the epochs that ``visualization`` names."""
+        chosen = self.cfg.visualization
+        if chosen.every is None or self.epoch % chosen.every or not self.world.is_main:
+            return
+        pictures = draw_attention(
+            cast("Detector", self.evaluated),
+            self.val_set,
+            cast("nn.Module", self.postprocess.scores),
+            self.data.label_map.by_label(),
+            self.device,
+            self.request,
+            self.start.folder / "visualization" / f"epoch_{self.epoch:04}",
+            chosen.images,
+        )
+        for image_id, path in pictures:
+            self.trackers.log_image(f"visualization/{image_id}", path, self.step)
+
+    def check_settings(self) -> None:
+        super().check_settings()
+        drawn = self.cfg.visualization
+        require_at_least(0, "evaluation.pictures", self.cfg.evaluation.pictures)
+        require_at_least(1, "visualization.every", 1 if drawn.every is None else drawn.every)
+        require_at_least(1, "visualization.images", drawn.images)
+        require_at_least(1, "visualization.queries", drawn.queries)
+        backend, backends_known = self.cfg.evaluation.backend, get_args(Backend)
+        if backend not in backends_known:
+            raise ConfigError(f"evaluation.backend is {backend!r}: {nearest(str(backend), backends_known)}")
+
 
 def _trackers(cfg: DictConfig) -> list[Tracker]:
     nodes = [node for node in cfg.tracking.values() if isinstance(node, DictConfig) and "_target_" in node]
     return [build(node) for node in nodes]
 
 
-def _poisoned(predictions: dict[str, Predictions]) -> Tensor:
+def _poisoned(outputs: Iterable[Tensor]) -> Tensor:
     """A loss that makes every gradient NaN, so that all processes see that this step must not count."""
-    total = sum((one.logits.sum() + one.boxes.sum() for one in predictions.values()), torch.zeros(()))
+    total = sum((one.sum() for one in outputs if one.requires_grad), torch.zeros(()))
     return total * float("nan")
-
-
-def _check_settings(cfg: DictConfig) -> None:
-    for key, value, least in (
-        ("evaluation.every", cfg.evaluation.every, 1),
-        ("evaluation.pictures", cfg.evaluation.pictures, 0),
-        ("checkpoint.every", 1 if cfg.checkpoint.every is None else cfg.checkpoint.every, 1),
-        ("checkpoint.every_seconds", cfg.checkpoint.every_seconds, 0),
-        ("tracking.log_every", cfg.tracking.log_every, 1),
-    ):
-        require_at_least(least, key, value)
-    backend, backends_known = cfg.evaluation.backend, get_args(Backend)
-    if backend not in backends_known:
-        raise ConfigError(f"evaluation.backend is {backend!r}: {nearest(str(backend), backends_known)}")
-    if not str(cfg.name) or "/" in str(cfg.name):
-        raise ConfigError(f"name is {cfg.name!r}; expected a name, as the run folder is called after it")

@@ -138,8 +138,9 @@ def read_request(words: Sequence[str]) -> Request:
             raise ConfigError(f"{word!r} is what each run has of its own; seeds=3 or seeds=[0,1,2] sets the seeds")
     table = read_table(files[0])
     scale = own.get("scale", "")
-    if scale not in scales():
-        raise ConfigError(f"scale={scale or '?'}: {nearest(scale, scales())}\nusage: {USAGE}")
+    known = scales(table.task)
+    if scale not in known:
+        raise ConfigError(f"scale={scale or '?'}: {nearest(scale, known)}\nusage: {USAGE}")
     folder = Path(own["output_dir"]).expanduser() if own.get("output_dir") else results.home(table.name, scale)
     rows = read_rows_wanted(own["rows"], table) if own.get("rows") else tuple(table.labels)
     return Request(table, scale, read_seeds(own.get("seeds", "1")), rows, read_jobs(own), folder, further)
@@ -272,16 +273,16 @@ def duration(seconds: float) -> str:
 
 
 def summary(table: Table, plan: Plan, records: Sequence[Record]) -> str:
-    """A line per row: mean AP and spread of what has finished so far."""
+    """A line per row: mean and spread of what has finished so far."""
     mine = [one for one in records if plan.holds(one)]
     width = max(map(len, table.labels))
     lines = [""]
     for label in table.labels:
-        found = results.values(mine, label)
+        found = results.values(mine, label, table.task.metric)
         if not found:
             lines.append(f"  {label:<{width}}  no results yet")
             continue
         whole = summarize(list(found.values()))
         spread = f" ± {whole.spread:.1f}" if whole.n > 1 else ""
-        lines.append(f"  {label:<{width}}  AP {whole.mean:.1f}{spread} (n = {whole.n})")
+        lines.append(f"  {label:<{width}}  {table.task.label} {whole.mean:.1f}{spread} (n = {whole.n})")
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from detfamily.experiments.results import FINISHED, HOME, PLAN, Plan, Record
 from detfamily.experiments.scale import scales
 from detfamily.experiments.statistics import Difference, difference, summarize
 from detfamily.experiments.table import Table, read_table
+from detfamily.experiments.task import TASKS
 
 USAGE = "detfamily report TABLE.yaml|FOLDER [scale=mini] [output_dir=FOLDER OF THE RUNS]"
 
@@ -22,14 +23,14 @@ class Cost:
     """What a row reached and what it took, over its finished runs.
 
     Attributes:
-        ap: mean AP, per cent.
+        reached: mean of the metric, per cent.
         spread: its standard deviation over seeds; NaN for one run.
         images_per_second: in training, median.
         memory_gib: peak, median; None where it was not measured.
         seconds: of a run, median.
     """
 
-    ap: float
+    reached: float
     spread: float
     images_per_second: float
     memory_gib: float | None
@@ -52,9 +53,9 @@ class Findings:
     records: tuple[Record, ...]
     left_out: int = 0
 
-    def values(self, label: str, metric: str = "AP") -> dict[int, float]:
-        """Seed -> value in per cent."""
-        return results.values(self.records, label, metric)
+    def values(self, label: str, metric: str | None = None) -> dict[int, float]:
+        """Seed -> value in per cent, of the metric that rows are compared by or of another one."""
+        return results.values(self.records, label, metric or self.table.task.metric)
 
     @property
     def labels(self) -> list[str]:
@@ -82,17 +83,17 @@ class Findings:
                 found[label] = Cost(whole.mean, whole.spread, speed, memory, seconds)
         return found
 
-    def difference(self, label: str, metric: str = "AP") -> Difference:
+    def difference(self, label: str) -> Difference:
         """A row minus the baseline, points."""
-        return difference(self.values(label, metric), self.values(self.table.baseline, metric))
+        return difference(self.values(label), self.values(self.table.baseline))
 
 
 def frontier(costs: Mapping[str, Cost]) -> list[str]:
-    """The rows that no other row beats in AP without being slower, the fastest first (the Pareto frontier)."""
+    """The rows that no other row beats in the metric without being slower, the fastest first (the Pareto frontier)."""
     best, kept = float("-inf"), []
-    for label in sorted(costs, key=lambda one: (-costs[one].images_per_second, -costs[one].ap)):
-        if costs[label].ap > best:
-            best = costs[label].ap
+    for label in sorted(costs, key=lambda one: (-costs[one].images_per_second, -costs[one].reached)):
+        if costs[label].reached > best:
+            best = costs[label].reached
             kept.append(label)
     return kept
 
@@ -110,8 +111,9 @@ def read_findings(words: Sequence[str]) -> Findings:
         reason = f"{nearest(min(unknown), ['scale', 'output_dir'])}; " if len(places) == 1 else ""
         raise ConfigError(f"{reason}expected one table or one folder of runs\nusage: {USAGE}")
     scale = own.get("scale")
-    if scale is not None and scale not in scales():
-        raise ConfigError(f"there is no scale {scale!r}: {nearest(scale, scales())}")
+    known = {name for task in TASKS.values() for name in scales(task)}
+    if scale is not None and scale not in known:
+        raise ConfigError(f"there is no scale {scale!r}: {nearest(scale, known)}")
     place = Path(places[0]).expanduser()
     if place.is_dir():
         return of_folder(place)

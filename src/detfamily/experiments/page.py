@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from detfamily.experiments.findings import Findings, frontier
 from detfamily.experiments.results import FAILED, FINISHED
 from detfamily.experiments.statistics import Difference, summarize
-from detfamily.experiments.table import METRICS, Table
+from detfamily.experiments.table import Table
 
 
 def markdown(found: Findings, pictures: Mapping[str, str], records: str | None = None) -> str:
@@ -19,7 +19,7 @@ def markdown(found: Findings, pictures: Mapping[str, str], records: str | None =
         pictures: caption -> file, relative to the page.
         records: the file that holds the runs; None: the one beside the table.
     """
-    table = found.table
+    table, label = found.table, found.table.task.label
     records = f"`{records or f'{table.path.stem}.jsonl'}`"
     parts = [
         f"# {table.title}",
@@ -30,10 +30,11 @@ def markdown(found: Findings, pictures: Mapping[str, str], records: str | None =
         "\n".join(f"- {sentence}" for sentence in reading(found)),
         "## Ours beside published",
         _main_table(found),
-        "AP in per cent; ± is the standard deviation of a single run over the seeds. The difference is that of the "
-        f"means to `{table.baseline}`, in points, with its 95 % t-interval; *paired* compares runs of the same seed.",
+        f"{label} in per cent; ± is the standard deviation of a single run over the seeds. The difference is that of "
+        f"the means to `{table.baseline}`, in points, with its 95 % t-interval; *paired* compares runs of the same "
+        "seed.",
         *(f"![{caption}]({file})\n\n{caption}." for caption, file in pictures.items()),
-        "## By size and overlap",
+        f"## {table.task.others}",
         _size_table(found),
         *_cost_parts(found),
         "## What was run",
@@ -52,11 +53,11 @@ def _setting(found: Findings) -> str:
     words += f"seeds {', '.join(map(str, plan.seeds))}; code {plan.commit}"
     if plan.further:
         words += "; further overrides " + ", ".join(f"`{one}`" for one in plan.further)
-    if plan.scale == "coco":
+    if plan.scale == found.table.task.published:
         return f"{words}."
     return (
-        f"{words}. Other data and a smaller detector than the paper's: absolute figures are not comparable with the "
-        "published ones, only differences between rows are, and those with care."
+        f"{words}. Other data and a smaller {found.table.task.model} than the paper's: absolute figures are not "
+        "comparable with the published ones, only differences between rows are, and those with care."
     )
 
 
@@ -105,9 +106,10 @@ def _precision(compared: Mapping[str, Difference]) -> list[str]:
 def _cautions(found: Findings) -> list[str]:
     means = {label: summarize(list(found.values(label).values())).mean for label in found.labels}
     low = [label for label, mean in means.items() if mean < 1]
-    sentences = [f"{_names(low)}: AP below 1, next to nothing was learned; that says nothing about the claim."] * bool(
-        low
+    nothing = (
+        f"{_names(low)}: {found.table.task.label} below 1, next to nothing was learned; that says nothing about the "
     )
+    sentences = [f"{nothing}claim."] * bool(low)
     if len({_images(found, label) for label in found.labels} - {None}) > 1:
         sentences.append("The rows saw different numbers of images: the last column of the next table.")
     return sentences + [f"`{label}`: {words}." for label, words in found.plan.remarks.items() if label in found.labels]
@@ -135,13 +137,18 @@ def _names(labels: Iterable[str]) -> str:
 
 
 def _main_table(found: Findings) -> str:
-    head = ["row", "published AP", "published difference", "our AP", "n"]
+    task = found.table.task
+    head = ["row", f"published {task.label}", "published difference", f"our {task.label}", "n"]
     head += ["our difference", "95 % interval", "resolved", "images"]
     lines = []
     for row in found.table.rows:
         ours = found.values(row.label)
         whole = summarize(list(ours.values())) if ours else None
-        cells = [row.label, _figure(row.published.get("AP")), _signed(found.table.published_difference(row.label))]
+        cells = [
+            row.label,
+            _figure(row.published.get(task.metric)),
+            _signed(found.table.published_difference(row.label)),
+        ]
         cells += [_mean(whole.mean, whole.spread), str(whole.n)] if whole else ["-", "0"]
         if whole is None or not found.values(found.table.baseline):
             cells += ["-", "-", "-"]
@@ -163,7 +170,8 @@ def _difference_cells(one: Difference) -> list[str]:
 
 
 def _size_table(found: Findings) -> str:
-    shown = [metric for metric in METRICS[1:] if any(found.values(label, metric) for label in found.labels)]
+    others = found.table.task.metrics[1:]
+    shown = [metric for metric in others if any(found.values(label, metric) for label in found.labels)]
     head = ["row", *(f"{metric} {which}" for metric in shown for which in ("published", "ours"))]
     lines = []
     for label in found.labels:
@@ -186,7 +194,7 @@ def _cost_parts(found: Findings) -> list[str]:
     lines = [
         [
             label,
-            _mean(one.ap, one.spread),
+            _mean(one.reached, one.spread),
             f"{one.images_per_second:.1f}",
             "-" if one.memory_gib is None else f"{one.memory_gib:.2f}",
             "-" if one.seconds is None else f"{one.seconds / 60:.1f}",
@@ -194,16 +202,25 @@ def _cost_parts(found: Findings) -> list[str]:
         ]
         for label, one in costs.items()
     ]
-    head = ["row", "our AP", "images/s in training", "peak memory, GiB", "minutes", "on the frontier"]
+    head = [
+        "row",
+        f"our {found.table.task.label}",
+        "images/s in training",
+        "peak memory, GiB",
+        "minutes",
+        "on the frontier",
+    ]
     words = (
-        "Medians over a row's runs. On the frontier: no other row has both a higher AP and a higher speed. Speed is as "
-        "good as the machine was quiet: runs at the same time, and other work beside them, slow each other down."
+        f"Medians over a row's runs. On the frontier: no other row has both a higher {found.table.task.label} and a "
+        "higher speed. Speed is as good as the machine was quiet: runs at the same time, and other work beside them, "
+        "slow each other down."
     )
     return ["## What a row costs", _grid(head, lines), words]
 
 
 def _run_table(found: Findings) -> str:
-    head = ["row", "seed", "status", "images", "AP", "images/s", "peak memory", "seconds", "commit", "date"]
+    task = found.table.task
+    head = ["row", "seed", "status", "images", task.label, "images/s", "peak memory", "seconds", "commit", "date"]
     lines = []
     for label in found.table.labels:
         for one in found.records:
@@ -216,7 +233,7 @@ def _run_table(found: Findings) -> str:
                     str(one["seed"]),
                     one["status"],
                     _number(one["images_seen"]),
-                    _figure(None if one["AP"] is None else 100 * one["AP"]),
+                    _figure(None if one[task.metric] is None else 100 * one[task.metric]),
                     _figure(one.get("images_per_second")),
                     memory,
                     _number(one.get("seconds")),

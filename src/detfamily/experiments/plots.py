@@ -1,4 +1,4 @@
-"""Pictures of a table: differences beside the published ones, AP against images seen, and AP against speed."""
+"""Pictures of a table: differences beside the published ones, the metric against images seen, and against speed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ DPI = 90
 """Some 30 KB a picture: they are committed."""
 
 
-def plot_differences(found: Mapping[str, Difference], published: Mapping[str, float | None], path: Path) -> None:
+def plot_differences(
+    found: Mapping[str, Difference], published: Mapping[str, float | None], path: Path, metric: str
+) -> None:
     """Draw the difference of each row to the baseline, with its interval, and the published one.
 
     Args:
-        found: label -> ours, points of AP.
+        found: label -> ours, points.
         published: label -> what the source says, where it says it.
         path: the PNG.
+        metric: what differs, in words.
     """
     figure = Figure(figsize=(7, 1.2 + 0.42 * len(found)), layout="constrained")
     axes = figure.subplots()
@@ -39,14 +42,14 @@ def plot_differences(found: Mapping[str, Difference], published: Mapping[str, fl
     axes.set_yticks(range(len(found)), list(found))
     axes.set_ylim(len(found) - 0.5, -0.5)
     # of the whole figure: beside long labels of rows the axes are narrower than these words
-    figure.supxlabel("AP minus the baseline's, points (bars: 95 % interval of the mean)", fontsize="medium")
+    figure.supxlabel(f"{metric} minus the baseline's, points (bars: 95 % interval of the mean)", fontsize="medium")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="best", fontsize=8)
     _save(figure, path)
 
 
-def plot_curves(records: Sequence[Record], labels: Sequence[str], path: Path) -> bool:
-    """Draw AP against the images seen: a thin line per seed, a thick one for their mean.
+def plot_curves(records: Sequence[Record], labels: Sequence[str], path: Path, metric: str) -> bool:
+    """Draw the metric against the images seen: a thin line per seed, a thick one for their mean.
 
     The mean is drawn where all seeds of a row were evaluated.
 
@@ -54,6 +57,7 @@ def plot_curves(records: Sequence[Record], labels: Sequence[str], path: Path) ->
         records: of the runs.
         labels: rows, in the order of the legend.
         path: the PNG.
+        metric: in words.
 
     Returns:
         False where no run has a curve; then nothing is written.
@@ -64,7 +68,7 @@ def plot_curves(records: Sequence[Record], labels: Sequence[str], path: Path) ->
     if not drawn:
         return False
     axes.set_xlabel("images seen")
-    axes.set_ylabel("AP")
+    axes.set_ylabel(metric)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize=8)
@@ -72,12 +76,13 @@ def plot_curves(records: Sequence[Record], labels: Sequence[str], path: Path) ->
     return True
 
 
-def plot_tradeoff(costs: Mapping[str, Cost], path: Path) -> bool:
-    """Draw AP against images per second in training, the area of a point by peak memory, and the Pareto frontier.
+def plot_tradeoff(costs: Mapping[str, Cost], path: Path, metric: str) -> bool:
+    """Draw the metric against images per second in training, areas by peak memory, and the Pareto frontier.
 
     Args:
         costs: by label.
         path: the PNG.
+        metric: in words.
 
     Returns:
         False where fewer than three rows can be drawn; then nothing is written.
@@ -87,16 +92,18 @@ def plot_tradeoff(costs: Mapping[str, Cost], path: Path) -> bool:
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     line = [costs[label] for label in frontier(costs)]
-    axes.plot([one.images_per_second for one in line], [one.ap for one in line], color="0.6", linewidth=1, zorder=1)
+    axes.plot(
+        [one.images_per_second for one in line], [one.reached for one in line], color="0.6", linewidth=1, zorder=1
+    )
     memories = [one.memory_gib for one in costs.values() if one.memory_gib]
     for place, (label, one) in enumerate(costs.items()):
         size = 60.0 * (one.memory_gib / max(memories)) if one.memory_gib else 30.0
         reach = None if math.isnan(one.spread) else one.spread
         color, marker = f"C{place % 10}", "os^D"[place // 10 % 4]
-        axes.errorbar(one.images_per_second, one.ap, yerr=reach, color=color, capsize=3, linewidth=0.8, zorder=2)
-        axes.scatter(one.images_per_second, one.ap, s=size, color=color, marker=marker, label=label, zorder=3)
+        axes.errorbar(one.images_per_second, one.reached, yerr=reach, color=color, capsize=3, linewidth=0.8, zorder=2)
+        axes.scatter(one.images_per_second, one.reached, s=size, color=color, marker=marker, label=label, zorder=3)
     axes.set_xlabel("images per second in training")
-    axes.set_ylabel("AP (bars: standard deviation over seeds)")
+    axes.set_ylabel(f"{metric} (bars: standard deviation over seeds)")
     axes.grid(alpha=0.3)
     title = f"area: peak memory, up to {max(memories):.2f} GiB" if memories else None
     figure.legend(loc="outside right upper", fontsize=8, title=title, title_fontsize=8)

@@ -39,7 +39,7 @@ def write_report(found: Findings, page: Path | None = None) -> list[Path]:
         The files, the page first.
     """
     page = page or found.table.path.with_suffix(".md")
-    stem = page.stem
+    stem, metric = page.stem, found.table.task.label
     pictures = page.parent / PICTURES
     files = [page, page.with_suffix(".jsonl")]
     own = {"further": list(found.plan.further)}
@@ -49,16 +49,16 @@ def write_report(found: Findings, page: Path | None = None) -> list[Path]:
     if found.others and found.values(found.table.baseline):
         files.append(pictures / f"{stem}-differences.png")
         published = {label: found.table.published_difference(label) for label in found.others}
-        plot_differences({label: found.difference(label) for label in found.others}, published, files[-1])
+        plot_differences({label: found.difference(label) for label in found.others}, published, files[-1], metric)
         drawn["Differences to the baseline"] = f"{PICTURES}/{files[-1].name}"
-    if plot_curves(found.records, found.labels, pictures / f"{stem}-curves.png"):
+    if plot_curves(found.records, found.labels, pictures / f"{stem}-curves.png", metric):
         files.append(pictures / f"{stem}-curves.png")
-        drawn["AP against images seen: a thin line for each seed, the thick one is their mean"] = (
+        drawn[f"{metric} against images seen: a thin line for each seed, the thick one is their mean"] = (
             f"{PICTURES}/{files[-1].name}"
         )
-    if plot_tradeoff(found.tradeoff(), pictures / f"{stem}-tradeoff.png"):
+    if plot_tradeoff(found.tradeoff(), pictures / f"{stem}-tradeoff.png", metric):
         files.append(pictures / f"{stem}-tradeoff.png")
-        drawn["AP against speed in training; on the line are the rows that no other row beats in both"] = (
+        drawn[f"{metric} against speed in training; on the line are the rows that no other row beats in both"] = (
             f"{PICTURES}/{files[-1].name}"
         )
     write_text_atomically(page, markdown(found, drawn, files[1].name))

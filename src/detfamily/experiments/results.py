@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from detfamily.errors import DataError
-from detfamily.experiments.table import METRICS
+from detfamily.experiments.task import DETECTION, TASKS, Task
 from detfamily.files import read_json, write_text_atomically
 from detfamily.tracking.files import EPOCHS, read_rows
 
@@ -86,18 +86,19 @@ def record_of(folder: Path) -> Record | None:
         run = read_json(folder / RUN)
     except DataError:
         return None
-    epochs = read_rows(folder / EPOCHS)
+    epochs, task = read_rows(folder / EPOCHS), task_of(run)
     record: Record = {
         **{key: run[key] for key in ("table", "scale", "row", "seed", "status", "config", "code", "commit")},
+        **({"task": run["task"]} if "task" in run else {}),
         "date": run["date"],
         "overrides": run["overrides"],
         "images_seen": _last(epochs, "images_seen") or run.get("images_seen"),
-        **dict.fromkeys(METRICS),
+        **dict.fromkeys(task.metrics),
         "images_per_second": _median(epochs, "images_per_second"),
         "memory_gib": _last(epochs, "peak_memory_gib") or run["memory_gib"],
         "memory_of": "cuda" if _last(epochs, "peak_memory_gib") else "process",
         "seconds": run["seconds"],
-        "curve": [[row["images_seen"], row["AP"]] for row in epochs if _measured(row.get("AP"))],
+        "curve": [[row["images_seen"], row[task.metric]] for row in epochs if _measured(row.get(task.metric))],
         "error": run["error"],
     }
     if run["status"] == FINISHED:
@@ -105,7 +106,7 @@ def record_of(folder: Path) -> Record | None:
             numbers = read_json(folder / "metrics.json")
         except DataError as error:
             return {**record, "status": FAILED, "error": str(error)}
-        record |= {name: numbers[name] for name in METRICS if _measured(numbers.get(name))}
+        record |= {name: numbers[name] for name in task.metrics if _measured(numbers.get(name))}
     return record
 
 
@@ -140,16 +141,21 @@ def read_results(path: Path) -> list[Record]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            records.append({key: record[key] for key in (*_KEYS, *record)})
+            records.append({key: record[key] for key in (*_KEYS, *task_of(record).metrics, *record)})
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}, line {number}, is not the record of a run: {error}") from None
     return records
 
 
-_KEYS = ("table", "scale", "row", "seed", "status", "config", "code", "commit", *METRICS, "images_seen", "curve")
+_KEYS = ("table", "scale", "row", "seed", "status", "config", "code", "commit", "images_seen", "curve")
 
 
-def values(records: Sequence[Record], row: str, metric: str = "AP") -> dict[int, float]:
+def task_of(record: Mapping[str, Any]) -> Task:
+    """What a run trained; those of before there were several tasks, and all of detectors, do not say it."""
+    return TASKS[record.get("task", "detection")]
+
+
+def values(records: Sequence[Record], row: str, metric: str = DETECTION.metric) -> dict[int, float]:
     """Seed -> value in per cent, of the finished runs of a row."""
     return {
         one["seed"]: 100 * one[metric]

@@ -18,6 +18,7 @@ from detfamily.engine.interrupt import Interruption
 from detfamily.errors import DataError
 from detfamily.experiments.results import CUT_OFF, FAILED, FINISHED, LOG, RUN, RUNNING, slug
 from detfamily.experiments.scale import Variant
+from detfamily.experiments.task import DETECTION, TASKS
 from detfamily.experiments.version import PACKAGE, Code, code_version
 from detfamily.files import read_json, write_text_atomically
 from detfamily.tracking.console import epoch_line
@@ -75,7 +76,7 @@ class Run:
             checkpoint = [f"checkpoint={self.source.folder / 'last.pt'}"]
             return ["evaluate", *checkpoint, *self.variant.overrides, *cores, f"output_dir={self.folder}"]
         given = [*cores, *self.variant.overrides]
-        return ["train", *given, f"seed={self.seed}", f"output_dir={self.folder}", "resume=auto"]
+        return [self.variant.task.command, *given, f"seed={self.seed}", f"output_dir={self.folder}", "resume=auto"]
 
     def state(self) -> dict[str, Any]:
         """What ``run.json`` says; empty where the run was never started."""
@@ -157,11 +158,12 @@ class Process:
 
     def write(self, status: str, error: str | None = None) -> None:
         """Note in ``run.json`` how the run stands."""
-        run, source = self.run, self.run.source
+        run, source, task = self.run, self.run.source, self.run.variant.task
         images = _images_seen(source) if source else None
         content = {
             "table": run.table,
             "scale": run.scale,
+            **({} if task is DETECTION else {"task": next(name for name, one in TASKS.items() if one is task)}),
             "row": run.variant.row.label,
             "seed": run.seed,
             "status": status,

@@ -21,9 +21,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from detfamily.config import compose, groups, to_container, validate
+from detfamily.config import compose, groups_for, to_container, validate
 from detfamily.errors import ConfigError, nearest
 from detfamily.experiments.table import Row, Table
+from detfamily.experiments.task import DETECTION, Task
 
 LONGEST = 3.0
 """How many times the baseline's length a row of a miniature may have."""
@@ -49,11 +50,12 @@ class Variant:
 
     Attributes:
         row: of the table.
-        overrides: of ``detfamily train``, all but seed and folder; for a row that is only evaluated, of ``detfamily
+        overrides: of the task's command, all but seed and folder; for a row that is only evaluated, of ``detfamily
             evaluate``.
         config: the resolved configuration.
         identity: hash of the configuration without seed and paths.
         remark: what the miniature could not keep; empty if nothing.
+        task: what is trained.
     """
 
     row: Row
@@ -61,6 +63,7 @@ class Variant:
     config: Mapping[str, Any]
     identity: str
     remark: str = ""
+    task: Task = DETECTION
 
     @property
     def images(self) -> int | None:
@@ -72,9 +75,9 @@ class Variant:
         return int(schedule["epochs"] * steps * schedule["total_batch_size"])
 
 
-def scales() -> list[str]:
+def scales(task: Task = DETECTION) -> list[str]:
     """The choices of ``scale=``."""
-    return groups().get("scale", [])
+    return groups_for(task.command).get("scale", [])
 
 
 def variants(table: Table, scale: str, further: Sequence[str] = ()) -> dict[str, Variant]:
@@ -88,8 +91,9 @@ def variants(table: Table, scale: str, further: Sequence[str] = ()) -> dict[str,
     Raises:
         ConfigError: an unknown scale, or a row that cannot be composed; with the row.
     """
-    if scale not in scales():
-        raise ConfigError(f"there is no scale {scale!r}: {nearest(scale, scales())}")
+    known = scales(table.task)
+    if scale not in known:
+        raise ConfigError(f"there is no scale {scale!r}: {nearest(scale, known)}")
     published = {row.label: _composed(table, row, ["data.root=."]) for row in table.rows}
     scale = _fitting(scale, table, published.values())
     base = published[table.baseline]
@@ -111,7 +115,7 @@ def _fitting(scale: str, table: Table, published: Iterable[DictConfig]) -> str:
         "resized": any(one.startswith("augmentation=") for row in table.rows for one in row.overrides),
     }
     name = "_".join([scale, *(need for need, present in needs.items() if present)])
-    return name if name in scales() else scale
+    return name if name in scales(table.task) else scale
 
 
 def _counts_images(table: Table, scale: str) -> bool:
@@ -137,7 +141,7 @@ def _variant(
     with _naming(table, row):
         validate(cfg)
     overrides = tuple(row.overrides) if row.weights_of else tuple(_words(table, row, first, [*last, *further]))
-    return Variant(row, overrides, to_container(cfg), identity(cfg, row.weights_of), remark)
+    return Variant(row, overrides, to_container(cfg), identity(cfg, row.weights_of), remark, table.task)
 
 
 def _sets_epochs(override: str) -> bool:
@@ -152,7 +156,7 @@ def _words(table: Table, row: Row, first: Sequence[str], last: Sequence[str]) ->
 
 def _composed(table: Table, row: Row, first: Sequence[str], last: Sequence[str] = ()) -> DictConfig:
     with _naming(table, row):
-        return compose("train", _words(table, row, first, last))
+        return compose(table.task.command, _words(table, row, first, last))
 
 
 @contextmanager
@@ -166,7 +170,8 @@ def _naming(table: Table, row: Row) -> Iterator[None]:
 def varied(table: Table) -> list[str]:
     """The settings (not the choices of groups, and not the length) that any row of a table overrides."""
     keys = [one.partition("=")[0].lstrip("+~") for row in table.rows for one in row.overrides]
-    fields = [key for key in keys if key not in groups() and key not in LENGTH]
+    known = groups_for(table.task.command)
+    fields = [key for key in keys if key not in known and key not in LENGTH]
     return list(dict.fromkeys([*fields, *(COMPANIONS[key] for key in fields if key in COMPANIONS)]))
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import yaml
 
-from detfamily.config import groups
+from detfamily.config import groups_for
 from detfamily.errors import ConfigError, nearest
+from detfamily.experiments.task import DETECTION, TASKS, Task
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-_PUBLISHED = (*METRICS, "params_m", "gflops")
-_TABLE_KEYS = ("title", "claim", "source", "base", "baseline", "rows", "not_expressed")
+_COSTS = ("params_m", "gflops")
+_TABLE_KEYS = ("title", "claim", "source", "base", "baseline", "rows", "not_expressed", "task")
 _ROW_KEYS = ("label", "overrides", "published", "difference", "weights_of", "note")
 
 
@@ -25,7 +25,7 @@ class Row:
     Attributes:
         label: its name in the table.
         overrides: on top of the table's base.
-        published: figures that the source prints, AP in per cent.
+        published: figures that the source prints, metrics in per cent.
         difference: to the baseline, in per cent, where the source prints only that.
         weights_of: label of the row whose weights are evaluated with these overrides; None for a row that is trained.
         note: a remark.
@@ -51,6 +51,7 @@ class Table:
         base: a choice of configs/experiment, the same for all rows.
         baseline: label of the row that the others are compared with.
         rows: in the order of the file.
+        task: what they train.
     """
 
     path: Path
@@ -60,6 +61,7 @@ class Table:
     base: str
     baseline: str
     rows: tuple[Row, ...]
+    task: Task = DETECTION
 
     @property
     def name(self) -> str:
@@ -81,9 +83,9 @@ class Table:
                 return row
         raise ConfigError(f"{self.path} has no row {label!r}: {nearest(label, self.labels)}")
 
-    def published_difference(self, label: str, metric: str = "AP") -> float | None:
+    def published_difference(self, label: str, metric: str | None = None) -> float | None:
         """What the source says a row differs from the baseline by, per cent; None where it does not say."""
-        row, base = self.row(label), self.row(self.baseline)
+        row, base, metric = self.row(label), self.row(self.baseline), metric or self.task.metric
         if metric in row.difference:
             return float(row.difference[metric])
         if metric in row.published and metric in base.published:
@@ -100,18 +102,21 @@ def read_table(path: str | Path) -> Table:
     """
     path = Path(path).expanduser()
     content = _load(path)
-    _check_keys(content, _TABLE_KEYS, ("not_expressed",), str(path))
+    _check_keys(content, _TABLE_KEYS, ("not_expressed", "task"), str(path))
+    task = TASKS.get(content.get("task", "detection"))
+    if task is None:
+        raise ConfigError(f"{path}: task: there is no task {content['task']!r}: {nearest(str(content['task']), TASKS)}")
     for key in _TABLE_KEYS[:5]:
         _check(isinstance(content[key], str) and bool(content[key].strip()), path, key, "a text", content[key])
-    known = groups()["experiment"]
+    known = groups_for(task.command)["experiment"]
     if content["base"] not in known:
         near = nearest(content["base"], known)
         raise ConfigError(f"{path}: base: there is no experiment {content['base']!r}: {near}")
     found = content["rows"]
     _check(isinstance(found, list) and len(found) > 0, path, "rows", "a list of rows", found)
-    rows = tuple(_row(path, index, one) for index, one in enumerate(found))
+    rows = tuple(_row(path, index, one, task) for index, one in enumerate(found))
     title, claim, source, base, baseline = (content[key].strip() for key in _TABLE_KEYS[:5])
-    table = Table(path, title, claim, source, base, baseline, rows)
+    table = Table(path, title, claim, source, base, baseline, rows, task)
     _check_labels(table)
     return table
 
@@ -150,7 +155,7 @@ def _check(right: bool, path: Path, key: str, expected: str, given: object) -> N
         raise ConfigError(f"{path}: {key}: expected {expected}, not {given!r}")
 
 
-def _row(path: Path, index: int, given: Any) -> Row:
+def _row(path: Path, index: int, given: Any, task: Task) -> Row:
     where = f"rows.{index}"
     _check(isinstance(given, dict), path, where, "a mapping with label and overrides", given)
     label = given.get("label")
@@ -160,15 +165,17 @@ def _row(path: Path, index: int, given: Any) -> Row:
     overrides = given["overrides"]
     fine = isinstance(overrides, list) and all(isinstance(one, str) for one in overrides)
     _check(fine, path, f"{where}.overrides", "a list of overrides such as [decoder=refine]", overrides)
-    for key, known in (("published", _PUBLISHED), ("difference", METRICS)):
+    for key, known in (("published", (*task.metrics, *_COSTS)), ("difference", task.metrics)):
         figures = given.get(key, {})
-        _check(isinstance(figures, dict), path, f"{where}.{key}", "a mapping such as {AP: 43.8}", figures)
+        _check(isinstance(figures, dict), path, f"{where}.{key}", f"a mapping such as {{{task.metric}: 43.8}}", figures)
         _check_keys(figures, known, known, f"{path}: {where}.{key}")
         for name, value in figures.items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             _check(number, path, f"{where}.{key}.{name}", "a number", value)
     for key in ("weights_of", "note"):
         _check(given.get(key) is None or isinstance(given[key], str), path, f"{where}.{key}", "a text", given.get(key))
+    if given.get("weights_of") is not None and task is not DETECTION:
+        raise ConfigError(f"{path}: {where}.weights_of: only detectors can be evaluated in other ways than trained")
     return Row(**{**given, "overrides": tuple(overrides)})
 
 

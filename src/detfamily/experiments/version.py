@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import detfamily
 
 PACKAGE = Path(detfamily.__file__).resolve().parent
-_IDLE = ("experiments", "__pycache__")
+_IDLE = ("experiments", "matrix", "__pycache__")
 """Folders of the package that a training never reads."""
 
 
@@ -40,14 +41,20 @@ def code_version(package: Path = PACKAGE) -> Code:
         version = f"v{detfamily.__version__}"
         return Code(version, version)
     changed = _git(package, "status", "--porcelain", "--", ".", *(f":(exclude){name}" for name in _IDLE))
-    return Code(_hash(package), commit + ("+changes" if changed else ""))
+    return Code(hash_files(package, _IDLE), commit + ("+changes" if changed else ""))
 
 
-def _hash(package: Path) -> str:
+def hash_files(folder: Path, idle: Sequence[str] = ("__pycache__",)) -> str:
+    """A hash of the files of a folder and their names.
+
+    Args:
+        folder: with all below it.
+        idle: names of folders in it that do not count.
+    """
     found = hashlib.sha256()
-    for file in sorted(package.rglob("*")):
-        name = file.relative_to(package)
-        if file.is_file() and name.parts[0] not in _IDLE and "__pycache__" not in name.parts:
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder)
+        if file.is_file() and name.parts[0] not in idle and "__pycache__" not in name.parts:
             found.update(f"{name.as_posix()}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return found.hexdigest()[:12]
 

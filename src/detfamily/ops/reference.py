@@ -46,14 +46,22 @@ def ms_deform_attn_projected_reference(
     attention_logits: Tensor,
 ) -> Tensor:
     """See ``ms_deform_attn_projected``; locations and weights as tensors of their own, then the plain form."""
+    locations, weights = sampling(spatial_shapes, reference_points, sampling_offsets, attention_logits)
+    return ms_deform_attn_reference(value, spatial_shapes, locations, weights)
+
+
+def sampling(
+    spatial_shapes: Sequence[Size], reference_points: Tensor, sampling_offsets: Tensor, attention_logits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Locations (B, Q, M, L, P, 2) and weights (B, Q, M, L, P) of what is sampled; see ``ms_deform_attn_projected``."""
     batch, queries, heads, levels, points, _ = sampling_offsets.shape
     dtype = reference_points.dtype
     weights = attention_logits.to(dtype).softmax(-1).view(batch, queries, heads, levels, points)
     offsets = sampling_offsets.to(dtype)
     centers = reference_points[:, :, None, :, None, :2]
     if reference_points.shape[-1] == 2:
-        sizes = torch.tensor([(w, h) for h, w in spatial_shapes], dtype=dtype, device=value.device)
+        sizes = torch.tensor([(w, h) for h, w in spatial_shapes], dtype=dtype, device=offsets.device)
         locations = centers + offsets / sizes[:, None]
     else:
         locations = centers + offsets * (reference_points[:, :, None, :, None, 2:] * (0.5 / points))
-    return ms_deform_attn_reference(value, spatial_shapes, locations, weights)
+    return locations, weights

@@ -19,7 +19,7 @@ from detfamily.attention.pyramid import PyramidAttention
 from detfamily.attention.qna import LearnedQueryAttention, LinearQueryAttention, SigmoidQueryAttention
 from detfamily.attention.slide import SlideAttention
 from detfamily.attention.window import WindowAttention
-from detfamily.backbones.dat_blocks import ConvFeedForward, NormedConvFeedForward
+from detfamily.backbones.dat_blocks import ConvFeedForward, MixFeedForward, NormedConvFeedForward
 from detfamily.blocks.layers import FeedForward
 from detfamily.checkpoints import dat_blocks
 from detfamily.checkpoints.adapter import Adapter, Rule
@@ -28,6 +28,12 @@ from detfamily.parity.case import Case
 
 KERNELS_2022 = (9, 7, 5, 3)
 """Of the offset networks, by stage: the code of 2022 has them in a list."""
+
+OF_2022 = "DAT@566a593"
+"""How the code of 2022 is named, which computes something else from the same arguments."""
+
+MIX_FEED_FORWARD = "TransformerMLPWithConv of 2022"
+"""Our name of a class that was another one before."""
 
 _DROPOUTS = ("attn_drop", "proj_drop", "drop")
 """Arguments without effect in evaluation."""
@@ -92,7 +98,8 @@ def results(case: Case) -> dict[str, Tensor]:
 
 def _of_size(case: Case, size: str) -> dict[str, Tensor]:
     info = case.info | case.info.get("builders_for_other_sizes", {}).get(size, {})
-    kind = kind_of(info["module"], info["args"])
+    of_2022 = " of 2022" if info["module"].endswith(":TransformerMLPWithConv") and OF_2022 in info["reference"] else ""
+    kind = kind_of(info["module"] + of_2022, info["args"])
     module = build(kind, info["args"], training=info.get("mode", "eval") == "train")
     adapter = Adapter(kind.rules("", ""), kind.ignored)
     module.load_state_dict(adapter.to_ours(case.weights))
@@ -264,6 +271,7 @@ KINDS = {
         partial(_feed_forward, of=partial(FeedForward, activation=nn.GELU)), dat_blocks.feed_forward
     ),
     "TransformerMLPWithConv": Kind(partial(_feed_forward, of=ConvFeedForward), dat_blocks.conv_feed_forward),
+    MIX_FEED_FORWARD: Kind(partial(_feed_forward, of=MixFeedForward), dat_blocks.mix_feed_forward),
     "TransformerMLPWithConv_CMT": Kind(partial(_feed_forward, of=NormedConvFeedForward), dat_blocks.conv_feed_forward),
 }
 """By the name of the official class."""

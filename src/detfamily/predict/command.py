@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -78,7 +78,7 @@ def predict(overrides: Sequence[str]) -> None:
     checkpoint = require(str(own["checkpoint"]))
     given = None if own["output_dir"] is None else Path(str(own["output_dir"])).expanduser()
     source = find_images(str(own["source"]), leave_out=given)
-    folder = given or _new_folder(checkpoint)
+    folder = given or new_folder(checkpoint, "predict")
     _check_nothing_is_overwritten(source, folder)
     predictor = load(
         checkpoint,
@@ -105,8 +105,8 @@ def predict(overrides: Sequence[str]) -> None:
         raise SystemExit(BROKEN)
 
 
-def own_fields(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The command's own fields with their defaults, and the overrides of the checkpoint's config.
+def own_fields(overrides: Sequence[str], defaults: Mapping[str, Any] = DEFAULTS) -> tuple[dict[str, Any], list[str]]:
+    """A command's own fields with their defaults, and the overrides of the checkpoint's config.
 
     The source is taken as it is written: a pattern is full of signs that mean something else in an override.
     """
@@ -114,9 +114,9 @@ def own_fields(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     if len(sources) > 1:
         raise ConfigError(f"source is given {len(sources)} times; name a folder or a pattern in quotes")
     rest = [one for one in overrides if one.partition("=")[0] != "source"]
-    given, others = split_overrides(rest, [name for name in DEFAULTS if name != "source"])
+    given, others = split_overrides(rest, [name for name in defaults if name != "source"])
     named = {one.partition("=")[0] for one in rest}
-    own = {**DEFAULTS, **{name: value for name, value in given.items() if name in named}}
+    own = {**defaults, **{name: value for name, value in given.items() if name in named}}
     return {**own, "source": _unquoted(sources[0]) if sources else None}, others
 
 
@@ -224,14 +224,14 @@ def _json(content: dict[str, Any]) -> str:
     return "{\n " + ",\n ".join(rows) + "\n}\n"
 
 
-def _new_folder(checkpoint: Path) -> Path:
-    """A folder beside the checkpoint that is not there yet."""
+def new_folder(checkpoint: Path, command: str) -> Path:
+    """A folder beside the checkpoint, called after a command, that is not there yet."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    path = checkpoint.parent / f"predict-{checkpoint.stem}-{stamp}"
+    path = checkpoint.parent / f"{command}-{checkpoint.stem}-{stamp}"
     number = 1
     while path.exists():
         number += 1
-        path = path.with_name(f"predict-{checkpoint.stem}-{stamp}-{number}")
+        path = path.with_name(f"{command}-{checkpoint.stem}-{stamp}-{number}")
     return path
 
 

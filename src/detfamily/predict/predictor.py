@@ -13,18 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from detfamily.build import build_detector, build_postprocess
-from detfamily.config import build, validate
 from detfamily.data.batches import collate
 from detfamily.data.images import from_pil, from_pixels, read_image
 from detfamily.data.labels import LabelMap
 from detfamily.data.transforms import Sample, Transform
 from detfamily.detector import Detector
-from detfamily.engine.checkpoint import load_model, load_weights
-from detfamily.engine.evaluate import Postprocess, detect, on_top_of
+from detfamily.engine.evaluate import Postprocess, detect
 from detfamily.engine.runtime import Runtime
 from detfamily.errors import ConfigError, DataError, DetfamilyError, NonFiniteError
 from detfamily.predict.prepare import Preparation, prepare
+from detfamily.predict.restore import as_sample, restore
 from detfamily.structures import Detections, Size
 from detfamily.visualize.boxes import draw_boxes
 
@@ -141,7 +139,7 @@ class Predictor:
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             if not whole and (name == "batch_size" or value is not None):
                 raise ConfigError(f"{name}={value!r}: expected a whole number of 1 or more")
-        self.names = {label: name for label, name in enumerate(self.label_map.names) if name is not None}
+        self.names = self.label_map.by_label()
 
     @overload
     def predict(  # type: ignore[overload-overlap]  # a path, an array and a tensor are iterable, too
@@ -192,18 +190,13 @@ class Predictor:
         ahead = self.batch_size * _WINDOW if self.batch_size > 1 else 1
         while window := list(islice(images, ahead)):
             read = [_read(one) for one in window]
-            samples = {at: self._sample(one.pixels) for at, one in enumerate(read) if one.pixels is not None}
+            pixels = {at: one.pixels for at, one in enumerate(read) if one.pixels is not None}
+            samples = {at: as_sample(one, self.transform) for at, one in pixels.items()}
             found: dict[int, Detections | DetfamilyError] = {}
             for places in _of_one_size(samples, self.batch_size):
                 found |= dict(zip(places, self._detect([samples[at] for at in places]), strict=True))
             for at, (image, outcome) in enumerate(zip(window, read, strict=True)):
                 yield self._outcome(image, outcome, found[at], threshold) if at in found else outcome
-
-    def _sample(self, pixels: Tensor) -> Sample:
-        none = torch.zeros(0)
-        size = (pixels.shape[1], pixels.shape[2])
-        sample = Sample(pixels, torch.zeros(0, 4), none.long(), none, none.long(), 0, size)
-        return self.transform(sample, torch.Generator().manual_seed(0))
 
     def _detect(self, samples: Sequence[Sample]) -> Sequence[Detections | DetfamilyError]:
         images = collate(samples).images
@@ -264,25 +257,17 @@ def load(
         CheckpointError: the checkpoint is missing, broken, or does not fit its model.
         ConfigError: a setting that does not exist, or a device that is not there.
     """
-    stored = load_model(checkpoint)
-    cfg = on_top_of(stored.config, overrides)
-    validate(cfg)
-    runtime: Runtime = build(cfg.runtime)
-    place = _device(device)
-    runtime = replace(runtime, device=cast("Any", place.type))
-    label_map = LabelMap.from_state_dict(stored.label_map)
-    detector = build_detector(cfg, label_map.num_classes, pretrained=False)
-    load_weights(detector, stored.weights, checkpoint)
-    postprocess = build_postprocess(cfg)
-    preparation = prepare(detector, int(cfg.postprocess.layer))
+    restored = restore(checkpoint, device, overrides)
+    detector, postprocess = restored.detector, restored.postprocess
+    preparation = prepare(detector, int(restored.cfg.postprocess.layer))
     postprocess.layer = -1  # type: ignore[assignment]  # the only one that is left
     return Predictor(
-        detector=detector.to(place),
+        detector=detector.to(restored.device),
         postprocess=postprocess,
-        transform=build(cfg.augmentation.test),
-        label_map=label_map,
-        runtime=runtime,
-        device=place,
+        transform=restored.transform,
+        label_map=restored.label_map,
+        runtime=restored.runtime,
+        device=restored.device,
         threshold=threshold,
         max_detections=max_detections,
         batch_size=batch_size,
@@ -346,17 +331,3 @@ def _checked_threshold(threshold: Any) -> float:
     if not number or not 0 <= threshold <= 1:
         raise ConfigError(f"threshold={threshold!r}: expected a score between 0 (everything) and 1")
     return float(threshold)
-
-
-def _device(wanted: str | torch.device | None) -> torch.device:
-    if wanted is None or wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-    except (RuntimeError, TypeError):
-        raise ConfigError(f"device={wanted!r} does not exist; expected cpu, cuda, cuda:1, ... or auto") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device={wanted!r} is not supported; expected cpu, cuda, cuda:1, ... or auto")
-    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
-        raise ConfigError(f"device={wanted!r}: torch finds {torch.cuda.device_count()} CUDA devices here; try auto")
-    return device

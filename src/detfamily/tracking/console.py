@@ -11,6 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from detfamily.tracking.tracker import Metrics, RunInfo, Tracker
 
+SHOWN = ("AP", "AP50", "top1", "top5")
+"""In the line of an epoch, in per cent."""
+
 
 class ProgressBar:
     """Shows how far a piece of work is; to be used in a ``with`` statement.
@@ -78,13 +81,13 @@ class ConsoleTracker(Tracker):
 
 
 def epoch_line(metrics: Metrics, epoch: int, epochs: int) -> str:
-    """The line of an epoch; AP in per cent.
+    """The line of an epoch; AP, or the accuracy of a classifier, in per cent.
 
     >>> epoch_line({"loss": 9.5, "AP": 0.25, "AP50": 0.4, "lr": 1e-4, "images_per_second": 70.0}, 3, 50)
     'epoch  3/50  AP 25.0  AP50 40.0  loss 9.500  lr 0.0001  70.0 images/s'
     """
     words = [f"epoch {epoch:>{len(str(epochs))}}/{epochs}"]
-    words += [f"{name} {100 * metrics[name]:.1f}" for name in ("AP", "AP50") if metrics.get(name, -1) >= 0]
+    words += [f"{name} {100 * metrics[name]:.1f}" for name in SHOWN if metrics.get(name, -1) >= 0]
     words += [f"loss {metrics['loss']:.3f}"] if "loss" in metrics else []
     words += [f"lr {metrics['lr']:.2g}"] if "lr" in metrics else []
     words += [f"{metrics['images_per_second']:.1f} images/s"] if "images_per_second" in metrics else []

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from detfamily.files import write_text_atomically
 from detfamily.tracking.files import EPOCHS, STEPS, read_rows
-from detfamily.tracking.names import TRAIN, of_step
+from detfamily.tracking.names import TRAIN, headline, of_step
 from detfamily.tracking.tracker import Metrics, RunInfo, Tracker
 from detfamily.tracking.trackers import warn, words_of
 from detfamily.tracking.wandb_log import is_complete, last_values
@@ -31,7 +31,8 @@ class WandbTracker(Tracker):
     """Sends a run to Weights & Biases, or keeps it in the run folder's ``wandb`` for ``wandb sync``.
 
     Numbers of training are drawn over "train/step" and named "train/loss"; those of epochs are drawn over "epoch" and
-    have the names of ``metrics.jsonl``: "loss", "AP", "AP/cat". The summary has "best_AP" and "best_epoch".
+    have the names of ``metrics.jsonl``: "loss", "AP", "AP/cat". The summary has "best_AP" and "best_epoch"; of
+    a classifier "best_top1".
 
     A run folder is one run there: its id lies in ``wandb_id.txt``, and a resumed run goes on under it. What the
     place has already (by its own account: the server's, or that of the logs in the folder) is not sent again; what it
@@ -76,7 +77,7 @@ class WandbTracker(Tracker):
         self._service: Any = None
         self._online = self._fell_back = self._abandoned = False
         self._sent = dict(_NEITHER)
-        self._best: tuple[float, int] | None = None
+        self._best: tuple[str, float, int] | None = None
         self._axes: set[str] = set()
 
     # -- the calls of the interface -----------------------------------------------------------------------------------
@@ -243,8 +244,9 @@ class WandbTracker(Tracker):
 
     def _log(self, row: Metrics, kind: str) -> None:
         """Log a row unless the place has it."""
-        if kind == _EPOCH and row.get("AP", -1) >= 0 and (self._best is None or row["AP"] > self._best[0]):
-            self._best = (row["AP"], int(row[_EPOCH]))
+        found = headline(row) if kind == _EPOCH else None
+        if found is not None and (self._best is None or found[1] > self._best[1]):
+            self._best = (*found, int(row[_EPOCH]))
         if row[kind] <= self._sent[kind]:
             return
         if kind == _EPOCH:
@@ -255,7 +257,8 @@ class WandbTracker(Tracker):
         self._run.log(dict(row))
         self._sent[kind] = row[kind]
         if kind == _EPOCH and self._best is not None:
-            self._run.summary.update({"best_AP": self._best[0], "best_epoch": self._best[1]})
+            name, value, epoch = self._best
+            self._run.summary.update({f"best_{name}": value, "best_epoch": epoch})
 
     def _rows(self) -> Iterator[tuple[str, Metrics]]:
         """The rows of the run's files in their order, those of epochs behind those of steps."""

@@ -1,4 +1,4 @@
-"""Curves of a run: the loss and the AP against the images seen. No display is needed."""
+"""Curves of a run: the loss, and the AP or the accuracy, against the images seen. No display is needed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from matplotlib.figure import Figure
 from detfamily.files import write_atomically
 
 _METRICS = ("AP", "AP50", "APs", "APm", "APl")
+_ACCURACY = ("top1", "top5")
 
 
 def plot_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Write a PNG with two panels, loss on the left and AP, AP50, APs, APm, APl on the right.
+    """Write a PNG with two panels, loss on the left and AP, AP50, APs, APm, APl on the right, or top1 and top5.
 
     Args:
         history: one row per line of metrics. "images_seen" is the axis where every row has it, else "epoch". "loss"
-            and each AP (a fraction) are drawn where a row has them; NaN, infinity and -1, which says that there was
+            and the others (fractions) are drawn where a row has them; NaN, infinity and -1, which says that there was
             no object of that size, leave a gap.
         path: the file to write; it appears whole or not at all.
 
@@ -31,8 +32,9 @@ def plot_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     left, right = figure.subplots(1, 2, sharex=True)
     _draw(left, history, axis, "loss")
     left.set_ylabel("loss")
-    drawn = [name for name in _METRICS if _draw(right, history, axis, name)]
-    right.set_ylabel("AP (fraction)")
+    classifies = any(name in row for row in history for name in _ACCURACY)
+    drawn = [name for name in (_ACCURACY if classifies else _METRICS) if _draw(right, history, axis, name)]
+    right.set_ylabel("accuracy (fraction)" if classifies else "AP (fraction)")
     right.set_ylim(bottom=0)
     if drawn:
         right.legend(loc="best")

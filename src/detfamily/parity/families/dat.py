@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from detfamily.parity import dat_modules
+from detfamily.parity import dat_backbones, dat_modules
 from detfamily.parity.case import Case
 
 
@@ -14,4 +14,5 @@ def results(case: Case) -> dict[str, Tensor]:
     Raises:
         DataError: the module, or a value of its arguments, has no counterpart.
     """
-    return dat_modules.results(case)
+    whole = case.info["module"].rpartition(":")[2] in dat_backbones.MODULES
+    return dat_backbones.results(case) if whole else dat_modules.results(case)

@@ -10,8 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from detfamily.backbones.swin import Stage, Swin
-from detfamily.backbones.swin_weights import is_beyond
+from detfamily.backbones.stages import Stage
+from detfamily.backbones.swin import Swin
+from detfamily.backbones.weights import is_beyond
 from detfamily.blocks.tokens import resize_mask
 from detfamily.checkpoints.adapter import Adapter
 from detfamily.checkpoints.swin import rules

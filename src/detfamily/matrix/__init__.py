@@ -1,0 +1,1 @@
+"""Which blocks go together, and what each combination costs: families x attentions x backbones, a step of each."""
