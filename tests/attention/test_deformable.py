@@ -128,7 +128,7 @@ def by_loops(module: DeformableAttention, x: Tensor, pos: Tensor | None = None, 
                     logits = logits + torch.stack([torch.cat(row) for row in bias])
                 mixed = torch.einsum("nm,nmd->md", logits.softmax(0), split[1]).flatten()
                 if isinstance(module.position_bias, ConvPosition):
-                    mixed = mixed + conv_by_loops(module.position_bias.conv, q, r, c)
+                    mixed = mixed + conv_by_loops(module.position_bias.conv, q * shown, r, c)
                 output.append(module.proj(mixed))
     return torch.stack(output).view(x.shape)
 

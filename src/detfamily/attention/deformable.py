@@ -152,12 +152,13 @@ class DeformableAttention(FewKeysAttention):
         x = without_padding(padding_mask, x)
         compared = x if pos is None else x + without_padding(padding_mask, pos)
         q = self.q(compared)
-        places = self.places(without_padding(padding_mask, q))
+        visible = without_padding(padding_mask, q)
+        places = self.places(visible)
         added = residual = None
         if self.position_bias is not None:
             queries = _grid(*(self.query_axis(n, places) for n in x.shape[1:3])).flatten(0, 1)
             added = self.position_bias.to_logits(queries, places.flatten(2, 3))
-            residual = self.position_bias.to_output(q)
+            residual = self.position_bias.to_output(visible)
         values = sample(x, places)
         keys = values if pos is None else sample(compared, places)
         out = self.read(q, keys, values, self.hide(added, padding_mask, (places.shape[2], places.shape[3]), q.dtype))

@@ -25,8 +25,8 @@ TILE = (4, 8)
 """Tokens of a tile at most, dilated as the windows are: (along y, along x)."""
 
 LOGITS_AT_ONCE = {"cpu": 2**21}
-"""By device: logits of the tiles that are computed together. Fewer would stay in a core's cache, which is as fast on one
-thread, and slower on several where there is other work: they wait for each other after every step."""
+"""By device: logits of the tiles that are computed together. Fewer would stay in a core's cache, which is as fast on
+one thread, and slower on several where there is other work: they wait for each other after every step."""
 
 MANY_LOGITS = 2**26
 """The same elsewhere: enough to fill any GPU, and at most some hundred MiB."""
