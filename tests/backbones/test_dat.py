@@ -24,7 +24,7 @@ from detfamily.attention import (
 )
 from detfamily.attention.deformable_position import TableBias
 from detfamily.backbones.dat import CONV, DAT, ConvBlock, ConvStem, PatchStem, StridedMerge
-from detfamily.backbones.dat_blocks import ConvFeedForward
+from detfamily.backbones.dat_blocks import ConvFeedForward, MixFeedForward
 from detfamily.backbones.dat_weights import PAGES
 from detfamily.blocks.layers import FeedForward
 from detfamily.build import build_criterion, build_detector
@@ -165,6 +165,16 @@ def test_blocks_are_put_together_as_in_the_paper() -> None:
     y = x + around(x, conv.local.depthwise)
     y = y + conv.ffn(conv.ffn_norm(around(y, conv.conv)))
     torch.testing.assert_close(conv(x), y)
+
+
+def test_the_ffn_of_2022_has_no_residual_around_its_convolution() -> None:
+    torch.manual_seed(0)
+    ffn = MixFeedForward(4, 6).eval()
+    x = torch.randn(2, 3, 5, 4)
+    hidden = (x @ ffn.linear1.weight.t() + ffn.linear1.bias).permute(0, 3, 1, 2)
+    hidden = F.gelu(F.conv2d(hidden, ffn.depthwise.weight, ffn.depthwise.bias, padding=1, groups=6))
+    expected = hidden.permute(0, 2, 3, 1) @ ffn.linear2.weight.t() + ffn.linear2.bias
+    torch.testing.assert_close(ffn(x), expected)
 
 
 def test_kinds_repeat_until_all_blocks_have_one() -> None:
