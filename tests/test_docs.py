@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from detfamily import cli
 from detfamily.build import build_detector
-from detfamily.config import compose, configs_dir, groups, groups_of, to_container, validate
+from detfamily.config import compose, configs_dir, groups, groups_for, groups_of, to_container, validate
 from detfamily.config.containers import dotted, walk
 from detfamily.config.registry import read_yaml
 from detfamily.engine.evaluate import on_top_of, split_overrides
@@ -134,6 +134,7 @@ def written_fields() -> set[str]:
     fields = set()
     for file in configs_dir().rglob("*.yaml"):
         group = file.parent.relative_to(configs_dir()).as_posix().replace("/", ".").strip(".")
+        group = group.removeprefix("classify.")
         at_top = not group or file.read_text(encoding="utf-8").startswith("# @package _global_")
         fields |= {".".join(filter(None, ("" if at_top else group, dotted(key)))) for key, _ in walk(read_yaml(file))}
     return fields
@@ -142,6 +143,8 @@ def written_fields() -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_settings_and_choices_exist(page):
     known, wrong = groups(), []
+    for name, choices in groups_for("classify").items():
+        known[name] = [*known.get(name, []), *choices]
     for span in spans(page):
         for word, field, choice in re.findall(r"((?<![\w./])~?\+?([a-z_]+(?:\.\w+)*)(?:=([\w-]+))?)", span):
             top, _, rest = field.partition(".")

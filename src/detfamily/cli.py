@@ -83,7 +83,7 @@ COMMANDS = {
         ),
         Command(
             "classify",
-            "train a backbone as a classifier of whole images, or evaluate one; ImageNet's layout, or generated shapes",
+            "train a backbone as a classifier of images, or evaluate one; ImageNet's layout, or generated shapes",
             "classify",
             "detfamily.classification.train:classify",
             (
