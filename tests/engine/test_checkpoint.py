@@ -139,3 +139,15 @@ def test_another_model_is_refused_setting_by_setting_and_another_run_is_not():
     assert "model.new: absent in the checkpoint, None now" in text
     assert "lr" not in text and "seed" not in text
     checkpoint.check_same_model(CONFIG, {**CONFIG, "seed": 5, "optimizer": {}}, "x.pt")
+
+
+def test_a_checkpoint_of_the_first_format_is_read(tmp_path):
+    """Its encoder's attention stood in the layers, and windows had no number of their own."""
+    attention = {"_target_": "a.B", "_partial_": True}
+    old = {**CONFIG, "encoder": {"num_layers": 2, "layer": {"_target_": "a.C", "attention": attention}}}
+    old["model"] = {"embed_dim": 8}
+    checkpoint.save(tmp_path / "a.pt", state(config=old, template=old, format=1))
+    loaded = checkpoint.load(tmp_path / "a.pt")
+    assert loaded["config"] == loaded["template"]
+    assert loaded["config"]["encoder"] == {"num_layers": 2, "layer": {"_target_": "a.C"}, "attention": attention}
+    assert loaded["config"]["model"] == {"embed_dim": 8, "window_size": 7}

@@ -37,7 +37,8 @@ from detfamily.checkpoints.read import read_file
 from detfamily.errors import CheckpointError, nearest
 from detfamily.files import write_atomically
 
-FORMAT = 1
+FORMAT = 2
+"""2: the attention of an encoder stands beside its layers, so that it can be a list; in 1 it stood in them."""
 
 # The nodes of a config that say how a run goes; all others say what the model is. A classifier is made of some of both.
 RUN_NODES = frozenset(
@@ -151,7 +152,25 @@ def check(content: Any, path: Path) -> dict[str, Any]:
     )
     if not sound:
         raise CheckpointError(f"{path} is damaged: its {', '.join(_NEEDED)} are not the mappings that they should be")
+    if version < 2:
+        content = {
+            **content,
+            "config": _from_format_1(content["config"]),
+            "template": _from_format_1(content["template"]),
+        }
     return content
+
+
+def _from_format_1(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as it is called today."""
+    encoder, model = config.get("encoder"), config.get("model")
+    found = dict(config)
+    if isinstance(encoder, Mapping) and isinstance(layer := encoder.get("layer"), Mapping) and "attention" in layer:
+        others = {key: value for key, value in layer.items() if key != "attention"}
+        found["encoder"] = {**encoder, "layer": others, "attention": layer["attention"]}
+    if isinstance(model, Mapping) and "embed_dim" in model:
+        found["model"] = {"window_size": 7, **model}
+    return found
 
 
 def load_model(path: str | Path) -> LoadedModel:
