@@ -119,7 +119,6 @@ def test_all_files_are_written_small_and_the_same_again(put, records, table, cap
     written = [table.path.parent / name for name in capsys.readouterr().out.split()]
     folder = table.path.parent
     names = ["table.md", "table.jsonl", "pictures/table-differences.png", "pictures/table-curves.png"]
-    names += ["pictures/table-tradeoff.png"]
     assert written == [folder / name for name in names]
     before = {file: file.read_bytes() for file in written}
     for file in written[2:]:
@@ -192,7 +191,8 @@ def test_a_mean_curve_is_taken_where_all_have_a_point():
     assert mean_curve([]) == ([], [])
 
 
-def test_what_a_row_costs_and_which_rows_no_other_beats(put, records, table, capsys):
+def test_what_a_row_costs_and_which_rows_no_other_beats(put, records, table, write_table, capsys):
+    write_table(tradeoff=True)
     speeds = {"plain": 100.0, "refined, well": 80.0, "no NMS": 90.0}
     given = [{**one, "images_per_second": speeds[one["row"]] + one["seed"]} for one in records]
     found = put(given)
@@ -205,7 +205,12 @@ def test_what_a_row_costs_and_which_rows_no_other_beats(put, records, table, cap
     assert row_of(costs_of, "no NMS")[-1] == "no"
     report([str(table.path)])
     assert "pictures/table-tradeoff.png" in capsys.readouterr().out
-    assert Image.open(table.path.parent / "pictures" / "table-tradeoff.png").size[0] > 300
+    picture = table.path.parent / "pictures" / "table-tradeoff.png"
+    assert Image.open(picture).size[0] > 300
+    picture.unlink()
+    write_table()  # a table that does not ask for it
+    report([str(table.path)])
+    assert not picture.exists()
 
 
 def test_unknown_speeds_are_left_out(put, records):

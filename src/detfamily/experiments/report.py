@@ -56,7 +56,7 @@ def write_report(found: Findings, page: Path | None = None) -> list[Path]:
         drawn[f"{metric} against images seen: a thin line for each seed, the thick one is their mean"] = (
             f"{PICTURES}/{files[-1].name}"
         )
-    if plot_tradeoff(found.tradeoff(), pictures / f"{stem}-tradeoff.png", metric):
+    if found.table.tradeoff and plot_tradeoff(found.tradeoff(), pictures / f"{stem}-tradeoff.png", metric):
         files.append(pictures / f"{stem}-tradeoff.png")
         drawn[f"{metric} against speed in training; on the line are the rows that no other row beats in both"] = (
             f"{PICTURES}/{files[-1].name}"

@@ -14,7 +14,7 @@ from detfamily.errors import ConfigError, nearest
 from detfamily.experiments.task import DETECTION, TASKS, Task
 
 _COSTS = ("params_m", "gflops")
-_TABLE_KEYS = ("title", "claim", "source", "base", "baseline", "rows", "not_expressed", "task")
+_TABLE_KEYS = ("title", "claim", "source", "base", "baseline", "rows", "not_expressed", "task", "tradeoff")
 _ROW_KEYS = ("label", "overrides", "published", "difference", "weights_of", "note")
 
 
@@ -52,6 +52,7 @@ class Table:
         baseline: label of the row that the others are compared with.
         rows: in the order of the file.
         task: what they train.
+        tradeoff: whether the rows differ in what they take as much as in what they reach, so that the report draws both.
     """
 
     path: Path
@@ -62,6 +63,7 @@ class Table:
     baseline: str
     rows: tuple[Row, ...]
     task: Task = DETECTION
+    tradeoff: bool = False
 
     @property
     def name(self) -> str:
@@ -102,7 +104,7 @@ def read_table(path: str | Path) -> Table:
     """
     path = Path(path).expanduser()
     content = _load(path)
-    _check_keys(content, _TABLE_KEYS, ("not_expressed", "task"), str(path))
+    _check_keys(content, _TABLE_KEYS, ("not_expressed", "task", "tradeoff"), str(path))
     task = TASKS.get(content.get("task", "detection"))
     if task is None:
         raise ConfigError(f"{path}: task: there is no task {content['task']!r}: {nearest(str(content['task']), TASKS)}")
@@ -114,9 +116,11 @@ def read_table(path: str | Path) -> Table:
         raise ConfigError(f"{path}: base: there is no experiment {content['base']!r}: {near}")
     found = content["rows"]
     _check(isinstance(found, list) and len(found) > 0, path, "rows", "a list of rows", found)
+    tradeoff = content.get("tradeoff", False)
+    _check(isinstance(tradeoff, bool), path, "tradeoff", "true or false", tradeoff)
     rows = tuple(_row(path, index, one, task) for index, one in enumerate(found))
     title, claim, source, base, baseline = (content[key].strip() for key in _TABLE_KEYS[:5])
-    table = Table(path, title, claim, source, base, baseline, rows, task)
+    table = Table(path, title, claim, source, base, baseline, rows, task, tradeoff)
     _check_labels(table)
     return table
 
