@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from detfamily.files import write_atomically
 from detfamily.matrix.cell import OK
@@ -15,7 +17,8 @@ from detfamily.matrix.measures import Measure, measures_of
 from detfamily.matrix.results import Record
 
 DPI = 90
-_COLORS = "YlGnBu"
+COLORS = 64
+_MAP = "YlGnBu"
 
 
 def plot_matrix(records: Sequence[Record], title: str, path: Path) -> bool:
@@ -36,16 +39,19 @@ def plot_matrix(records: Sequence[Record], title: str, path: Path) -> bool:
     attentions = list(dict.fromkeys(one["attention"] for one in records))
     columns = min(2, len(measures))
     rows = -(-len(measures) // columns)
-    size = (columns * (2.2 + 0.62 * len(attentions)), rows * (1.6 + 0.3 * len(families)))
+    size = (columns * (2.2 + 0.5 * len(attentions)), rows * (1.6 + 0.28 * len(families)))
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, measure in zip(panels, measures, strict=False):
         _draw(axes, records, families, attentions, measure)
     for axes in panels[len(measures) :]:
         axes.set_visible(False)
     figure.suptitle(title, fontsize="medium")
-    # Without the version of matplotlib inside, the same results give the same file.
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None}))
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=DPI)
+    with Image.open(drawn) as picture:  # a third of the size with so many colors
+        small = picture.convert("RGB").quantize(COLORS, dither=Image.Dither.NONE)
+    write_atomically(path, lambda file: small.save(file, format="png", optimize=True))
     return True
 
 
@@ -59,13 +65,13 @@ def _draw(
         value = one.get(measure.key)
         values[place] = np.nan if value is None else value / measure.unit
         words[place] = measure.text(one) if one["status"] == OK else one["status"]
-    image = axes.imshow(values, aspect="auto", cmap=_COLORS)
-    middle = image.norm
+    axes.imshow(values, aspect="auto", cmap=_MAP)
+    low, high = np.nanmin(values), np.nanmax(values)
     for (row, column), word in words.items():
         value = values[row, column]
-        dark = not np.isnan(value) and float(middle(value)) > 0.6
+        dark = value - low > 0.6 * (high - low)
         color = "firebrick" if np.isnan(value) else "white" if dark else "black"
-        axes.text(column, row, word, ha="center", va="center", fontsize=7, color=color)
+        axes.text(column, row, word, ha="center", va="center", fontsize=6.5, color=color)
     axes.set_title(measure.title, fontsize="medium")
     axes.set_xticks(range(len(attentions)), attentions, rotation=40, ha="right", fontsize=8)
     axes.set_yticks(range(len(families)), families, fontsize=8)
