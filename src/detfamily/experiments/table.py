@@ -52,7 +52,7 @@ class Table:
         baseline: label of the row that the others are compared with.
         rows: in the order of the file.
         task: what they train.
-        tradeoff: whether the rows differ in what they take as much as in what they reach, so that the report draws both.
+        tradeoff: whether rows differ in what they take as much as in what they reach, so that the report draws both.
     """
 
     path: Path
