@@ -130,6 +130,11 @@ def test_a_list_of_attentions_is_kept_as_a_list():
         (["encoder_attention=[dense,dence]"], "encoder_attention has no choice 'dence': did you mean 'dense'"),
         (["encoder_attention=[dense,dense]", "encoder_attention.dropout=0"], "encoder_attention is a list of 2"),
         (["encoder_attention=[dense,dense]", "encoder_attention.0.dropuot=0"], "'dropout'"),
+        (["encoder_attention=[]"], r"encoder_attention=\[\] chooses nothing"),
+        (
+            ["cross_attention=[dense,ms_deform]"],
+            "cross_attention is one block, and 2 choices are given for it: dense, ms",
+        ),
     ],
 )
 def test_a_mistake_in_a_list_of_attentions_is_named(overrides, message):

@@ -69,6 +69,9 @@ def compose(config_name: str, overrides: Sequence[str] = (), configs: Path | Non
     lists = {one.key_or_group: names for one in parsed if chooses(one, registry) and (names := _names_listed(one))}
     composed, schema = _compose_groups(folder, config_name, _one_each(chosen, lists), stamps(folder))
     cfg = copy.deepcopy(composed)
+    for one in parsed:
+        if chooses(one, registry) and isinstance(one.value(), list) and one.key_or_group not in lists:
+            _check_apart(cfg, one.key_or_group, one.value())
     for group, names in lists.items():
         alone = (_one_each(chosen, {**lists, group: [name]}) for name in names)
         items = [_compose_groups(folder, config_name, one, stamps(folder))[0][group] for one in alone]
@@ -79,6 +82,16 @@ def compose(config_name: str, overrides: Sequence[str] = (), configs: Path | Non
     raise_all(Problem(key, f"is missing: pass {dotted(key)}=...") for key, v in walk(as_written(cfg)) if v == MISSING)
     to_container(cfg)  # Follows every interpolation once, so that none fails in the middle of a run.
     return cfg
+
+
+def _check_apart(cfg: DictConfig, group: str, names: Sequence[Any]) -> None:
+    """Refuse several choices that are no list and would end up on top of each other, and a list of none."""
+    if group in LISTS:
+        raise ConfigError(f"{group}=[] chooses nothing: expected one choice, or one for each layer")
+    if "_target_" in (cfg.get(group) or {}):
+        raise ConfigError(
+            f"{group} is one block, and {len(names)} choices are given for it: {', '.join(map(str, names))}"
+        )
 
 
 def _names_listed(one: Override) -> list[str]:
