@@ -13,6 +13,7 @@ from torchvision.ops import generalized_box_iou_loss
 from detfamily.auxiliary.anchors import Anchors, by_anchor
 from detfamily.auxiliary.assigners import ATSSAssigner
 from detfamily.auxiliary.coder import DeltaCoder
+from detfamily.auxiliary.initialise import start_small
 from detfamily.auxiliary.positives import PositiveQueries
 from detfamily.auxiliary.structures import IGNORED, Auxiliary, Candidates, Objects, check_levels
 from detfamily.blocks.boxes import to_cxcywh
@@ -74,10 +75,9 @@ class ATSS(nn.Module):
         self.box_head = nn.Conv2d(embed_dim, 4, 3, padding=1)
         self.centerness_head = nn.Conv2d(embed_dim, 1, 3, padding=1)
         self.scales = nn.ParameterList([torch.ones(()) for _ in anchors.strides])
-        for layer in (self.class_head, self.box_head, self.centerness_head):
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
-        nn.init.constant_(self.class_head.bias, -math.log(99))  # a probability of 0.01
+        start_small(self.class_head, bias=-math.log(99))  # a probability of 0.01
+        start_small(self.box_head)
+        start_small(self.centerness_head)
 
     def forward(self, maps: Sequence[Tensor], images: Images, targets: Targets, draws: Draws) -> Auxiliary:
         """Losses "class", "giou" and "centerness", and positive anchors.
@@ -161,7 +161,7 @@ class _Block(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(embed_dim, embed_dim, 3, padding=1, bias=False)
         self.norm = nn.GroupNorm(num_groups, embed_dim)
-        nn.init.normal_(self.conv.weight, std=0.01)
+        start_small(self.conv)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) to the same."""

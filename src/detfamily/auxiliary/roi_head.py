@@ -11,6 +11,7 @@ from torchvision.ops import generalized_box_iou_loss, roi_align
 
 from detfamily.auxiliary.assigners import MaxIoUAssigner
 from detfamily.auxiliary.coder import DeltaCoder
+from detfamily.auxiliary.initialise import start_small
 from detfamily.auxiliary.samplers import RandomSampler, Sample
 from detfamily.auxiliary.structures import Candidates, Objects
 from detfamily.blocks.denoising import Draws
@@ -71,9 +72,8 @@ class RoIHead(nn.Module):
             assert isinstance(layer, nn.Linear)
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
-        for layer, std in ((self.class_head, 0.01), (self.box_head, 0.001)):
-            nn.init.normal_(layer.weight, std=std)
-            nn.init.zeros_(layer.bias)
+        start_small(self.class_head)
+        start_small(self.box_head, std=0.001)
 
     def forward(
         self, maps: Sequence[Tensor], proposals: Sequence[Tensor], objects: Objects, draws: Draws

@@ -12,6 +12,7 @@ from torchvision.ops import batched_nms
 from detfamily.auxiliary.anchors import Anchors, by_anchor
 from detfamily.auxiliary.assigners import MaxIoUAssigner
 from detfamily.auxiliary.coder import DeltaCoder
+from detfamily.auxiliary.initialise import start_small
 from detfamily.auxiliary.samplers import RandomSampler, Sample
 from detfamily.auxiliary.structures import IGNORED, Objects, check_levels, extents
 from detfamily.blocks.denoising import Draws
@@ -63,8 +64,7 @@ class RPN(nn.Module):
         self.class_head = nn.Conv2d(embed_dim, anchors.per_cell, 1)
         self.box_head = nn.Conv2d(embed_dim, anchors.per_cell * 4, 1)
         for layer in (self.conv, self.class_head, self.box_head):
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
+            start_small(layer)
 
     def forward(
         self, maps: Sequence[Tensor], images: Images, objects: Objects, draws: Draws
