@@ -24,9 +24,9 @@ from detfamily.structures import Size
 TILE = (4, 8)
 """Tokens of a tile at most, dilated as the windows are: (along y, along x)."""
 
-LOGITS_AT_ONCE = {"cpu": 2**21}
-"""By device: logits of the tiles that are computed together. Fewer would stay in a core's cache, which is as fast on
-one thread, and slower on several where there is other work: they wait for each other after every step."""
+LOGITS_AT_ONCE = {"cpu": 2**20}
+"""By device: logits of the tiles that are computed together. Half as many suit heads of width 32 a little better, twice
+as many those of width 8; much fewer are slow on several threads, which wait for each other after every step."""
 
 MANY_LOGITS = 2**26
 """The same elsewhere: enough to fill any GPU, and at most some hundred MiB."""
