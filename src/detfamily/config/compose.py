@@ -70,8 +70,9 @@ def compose(config_name: str, overrides: Sequence[str] = (), configs: Path | Non
     composed, schema = _compose_groups(folder, config_name, _one_each(chosen, lists), stamps(folder))
     cfg = copy.deepcopy(composed)
     for one in parsed:
-        if chooses(one, registry) and isinstance(one.value(), list) and one.key_or_group not in lists:
-            _check_apart(cfg, one.key_or_group, one.value())
+        value = one.value() if chooses(one, registry) else None
+        if isinstance(value, list) and one.key_or_group not in lists:
+            _check_apart(cfg, one.key_or_group, value)
     for group, names in lists.items():
         alone = (_one_each(chosen, {**lists, group: [name]}) for name in names)
         items = [_compose_groups(folder, config_name, one, stamps(folder))[0][group] for one in alone]
