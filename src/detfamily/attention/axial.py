@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detfamily.attention.dense import check_heads
-from detfamily.attention.maps import MapAttention, project_qkv
+from detfamily.attention.maps import MapAttention, hiding, project_qkv
 
 
 class AxialAttention(MapAttention):
@@ -53,8 +52,6 @@ def _attend(qkv: Tensor, padding_mask: Tensor | None) -> Tensor:
     q, k, v = qkv.flatten(0, 1).permute(2, 0, 3, 1, 4).unbind(0)
     added = None
     if padding_mask is not None:
-        # finite, so that a row of nothing but padding gives numbers; half, so that logits do not make it infinite
-        hidden = padding_mask.flatten(0, 1)[:, None, None]
-        added = torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, torch.finfo(q.dtype).min / 2)
+        added = hiding(padding_mask.flatten(0, 1)[:, None, None], None, q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=added)
     return out.transpose(1, 2).flatten(2).unflatten(0, qkv.shape[:2])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from detfamily.attention.deformable_position import Layout, PositionBias
 from detfamily.attention.dense import check_heads
-from detfamily.attention.maps import MapAttention, conv_on_map, without_padding
+from detfamily.attention.maps import MapAttention, conv_on_map, hiding, without_padding
 from detfamily.attention.weights import ZeroValues
 from detfamily.attention.window import attend
 from detfamily.ops import ms_deform_attn
@@ -73,9 +73,7 @@ class FewKeysAttention(MapAttention):
             for count, side in zip(keys, (h, w), strict=True)
         )
         hidden = padding_mask[:, rows][:, :, columns].flatten(1)[:, None, None]
-        added = torch.zeros((), dtype=dtype, device=hidden.device) if added is None else added.to(dtype)
-        # finite, so that an image of nothing but padding gives numbers; half, so that logits do not make it infinite
-        return added.masked_fill(hidden, torch.finfo(dtype).min / 2)
+        return hiding(hidden, added, dtype)
 
     def key_weights(
         self, x: Tensor, place: Size, pos: Tensor | None = None, padding_mask: Tensor | None = None

@@ -108,6 +108,19 @@ def without_padding(padding_mask: Tensor | None, x: Tensor) -> Tensor:
     return x if padding_mask is None else x.masked_fill(padding_mask[..., None], 0)
 
 
+def hiding(hidden: Tensor, added: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What is added to the logits, so little where keys are hidden that they get no weight beside others.
+
+    Args:
+        hidden: bool, True at hidden keys; of a shape that goes with that of the logits.
+        added: what is added without them; None for nothing.
+        dtype: of the logits.
+    """
+    added = torch.zeros((), dtype=dtype, device=hidden.device) if added is None else added.to(dtype)
+    # finite, so that a query with nothing but hidden keys gives numbers; half, so that logits do not make it infinite
+    return added.masked_fill(hidden, torch.finfo(dtype).min / 2)
+
+
 def conv_on_map(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A convolution of a map: (B, h, w, C) -> (B, h', w', C')."""
     output: Tensor = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

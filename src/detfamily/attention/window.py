@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from detfamily.attention.dense import check_heads
-from detfamily.attention.maps import MapAttention, project_qkv
+from detfamily.attention.maps import MapAttention, hiding, project_qkv
 from detfamily.structures import Size
 
 APART = -100.0
@@ -99,10 +99,7 @@ class WindowAttention(MapAttention):
         if padding_mask is None:
             return added
         hidden = F.pad(padding_mask.flatten(1), (0, 1), value=True).index_select(1, windows.tokens)
-        hidden = hidden.view(-1, 1, 1, self.window_size**2)
-        added = torch.zeros((), dtype=dtype, device=hidden.device) if added is None else added
-        # finite, so that a window of nothing but padding gives numbers; half, so that logits do not make it infinite
-        return added.masked_fill(hidden, torch.finfo(dtype).min / 2)
+        return hiding(hidden.view(-1, 1, 1, self.window_size**2), added, dtype)
 
 
 def _padded(x: Tensor, windows: Windows) -> Tensor:

@@ -41,7 +41,19 @@ class LocalPerception(nn.Module):
         return x + conv_on_map(self.depthwise, x)
 
 
-class ConvFeedForward(nn.Module):
+class _DepthwiseFeedForward(nn.Module):
+    """The parts of an FFN with a depth-wise convolution; subclasses say in which order they come."""
+
+    def __init__(self, embed_dim: int, hidden_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(embed_dim, hidden_dim)
+        self.depthwise = depthwise(hidden_dim)
+        self.activation = nn.GELU()
+        self.linear2 = nn.Linear(hidden_dim, embed_dim)
+        self.dropout = Dropout(dropout)
+
+
+class ConvFeedForward(_DepthwiseFeedForward):
     """An FFN whose tokens see their neighbours: linear, x + depth-wise convolution, GELU, linear (DAT++).
 
     There is no activation before the convolution.
@@ -52,14 +64,6 @@ class ConvFeedForward(nn.Module):
         dropout: before the convolution, and of what comes out.
     """
 
-    def __init__(self, embed_dim: int, hidden_dim: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.linear1 = nn.Linear(embed_dim, hidden_dim)
-        self.depthwise = depthwise(hidden_dim)
-        self.activation = nn.GELU()
-        self.linear2 = nn.Linear(hidden_dim, embed_dim)
-        self.dropout = Dropout(dropout)
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, h, w, C) -> (B, h, w, C)"""
         x = self.dropout(self.linear1(x))
@@ -68,7 +72,7 @@ class ConvFeedForward(nn.Module):
         return output
 
 
-class MixFeedForward(nn.Module):
+class MixFeedForward(_DepthwiseFeedForward):
     """An FFN whose tokens see their neighbours: linear, depth-wise convolution, GELU, linear (SegFormer, arXiv
     2105.15203, equation 3); DAT's official code of 2022 has it.
 
@@ -77,14 +81,6 @@ class MixFeedForward(nn.Module):
         hidden_dim: width between.
         dropout: after the activation, and of what comes out.
     """
-
-    def __init__(self, embed_dim: int, hidden_dim: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.linear1 = nn.Linear(embed_dim, hidden_dim)
-        self.depthwise = depthwise(hidden_dim)
-        self.activation = nn.GELU()
-        self.linear2 = nn.Linear(hidden_dim, embed_dim)
-        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, h, w, C) -> (B, h, w, C)"""

@@ -97,9 +97,10 @@ def go(request: Request, launch: Sequence[str] = LAUNCH, version: Callable[[], C
     if to_do:
         say(forecast(runs, to_do, request.jobs, results.collect(folder)))
         problems = Runner(to_do, request.jobs, say, lambda: gather(folder), launch, version).go()
-    say(summary(request.table, plan, results.collect(folder)))
+    records = results.collect(folder)
+    say(summary(request.table, plan, records))
     say(f"results     {folder / RESULTS}")
-    if any(plan.holds(one) and one["status"] == FINISHED for one in results.collect(folder)):
+    if any(plan.holds(one) and one["status"] == FINISHED for one in records):
         say(f"report      {write_report(of_folder(folder, request.table), folder / REPORT)[0]}")
     for run in runs:
         if run.name in problems:
