@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detfamily.auxiliary import ATSS, FasterRCNN
+from detfamily.auxiliary import ATSS, FasterRCNN, Objects, PositiveQueries, Positives
 from detfamily.auxiliary.anchors import Anchors
 from detfamily.auxiliary.assigners import ATSSAssigner, MaxIoUAssigner
 from detfamily.auxiliary.coder import DeltaCoder
-from detfamily.auxiliary.positives import PositiveQueries
+from detfamily.auxiliary.detect import BestBoxes
 from detfamily.auxiliary.roi_head import RoIHead
 from detfamily.auxiliary.rpn import RPN
 from detfamily.auxiliary.samplers import RandomSampler
@@ -60,6 +61,10 @@ class Golden:
     targets: Targets
     heads: nn.ModuleDict
 
+    @property
+    def objects(self) -> Objects:
+        return Objects.of(self.images, self.targets)
+
     def __getitem__(self, key: str) -> Tensor:
         return self.case.io[key]
 
@@ -72,6 +77,13 @@ class Golden:
             sampled = [one for number in range(4, 8) for one in (None, self.order(number))]
             return Stored([*sampled, None, None, self.order(8), self.order(9)])
         return Stored([self.order(10), None, None, self.order(11)])
+
+    def step(self, head: str) -> tuple[dict[str, Tensor], Positives]:
+        """Losses and queries of a head, chosen as officially."""
+        draws = self.draws(head)
+        found = self.heads[head](self.maps, self.images, self.objects, draws)
+        choose = PositiveQueries(self.case.info["args"]["max_pos_coords"])
+        return found.losses, choose(found.candidates, self.objects, self.images, draws)
 
     def weight(self, official: str) -> float:
         groups: dict[str, dict[str, float]] = self.case.info["matcher_and_loss"]["co_heads"]
@@ -86,31 +98,43 @@ class Golden:
 
 def heads_of(args: dict[str, Any]) -> nn.ModuleDict:
     width, classes, strides = args["embed_dims"], args["num_classes"], args["anchor_strides"]
-    queries = PositiveQueries(args["max_pos_coords"])
     stds = (0.1, 0.1, 0.2, 0.2)
-    rpn = RPN(
-        width,
-        Anchors(strides, 4, 3, (0.5, 1.0, 2.0)),
-        DeltaCoder(),
-        MaxIoUAssigner(0.7, 0.3, 0.3),
-        RandomSampler(args["rpn_sampler_num"], 0.5),
-        args["rpn_nms_pre"],
-        args["rpn_max_per_img"],
-        0.7,
+    rpn = partial(
+        RPN,
+        embed_dim=width,
+        anchors=partial(Anchors, size=4, scales=3, ratios=(0.5, 1.0, 2.0)),
+        coder=DeltaCoder(),
+        assigner=MaxIoUAssigner(0.7, 0.3, 0.3),
+        sampler=RandomSampler(args["rpn_sampler_num"], 0.5),
+        per_level=args["rpn_nms_pre"],
+        proposals=args["rpn_max_per_img"],
     )
-    roi = RoIHead(
+    roi = partial(
+        RoIHead,
+        embed_dim=width,
+        num_classes=classes,
+        finest_scale=args["roi_finest_scale"],
+        resolution=7,
+        hidden_dim=args["roi_fc_out_channels"],
+        coder=DeltaCoder(stds),
+        assigner=MaxIoUAssigner(0.5, 0.5),
+        sampler=RandomSampler(args["rcnn_sampler_num"], 0.25),
+        selection=BestBoxes(0.5, None),
+    )
+    atss = ATSS(
+        strides,
         width,
         classes,
-        strides[:-1],
-        args["roi_finest_scale"],
-        7,
-        args["roi_fc_out_channels"],
-        DeltaCoder(stds),
-        MaxIoUAssigner(0.5, 0.5),
-        RandomSampler(args["rcnn_sampler_num"], 0.25),
+        depth=1,
+        num_groups=32,
+        anchors=partial(Anchors, size=8, scales=1, ratios=(1.0,)),
+        coder=DeltaCoder(stds),
+        assigner=ATSSAssigner(9),
+        weights=dict.fromkeys(ATSS.losses, 1.0),
+        selection=BestBoxes(0.6),
     )
-    atss = ATSS(width, classes, 1, 32, Anchors(strides, 8, 1, (1.0,)), DeltaCoder(stds), ATSSAssigner(9), queries)
-    return nn.ModuleDict({"faster_rcnn": FasterRCNN(rpn, roi, queries), "atss": atss})
+    two_stage = FasterRCNN(strides, rpn, roi, dict.fromkeys(FasterRCNN.losses, 1.0))
+    return nn.ModuleDict({"faster_rcnn": two_stage, "atss": atss})
 
 
 @pytest.fixture(params=["co_dino_train", "co_dino_train_empty"])
@@ -133,7 +157,7 @@ def golden(goldens: Path, request: pytest.FixtureRequest) -> Golden:
     )
 
 
-Batch = tuple[list[Tensor], Images, Targets]
+Batch = tuple[list[Tensor], Images, Objects]
 
 
 @pytest.fixture
@@ -150,7 +174,7 @@ def batch() -> Callable[..., Batch]:
         side = [0.2 + 0.3 * torch.rand(count, 2, dtype=torch.float64) for count in counts]
         boxes = [torch.cat([a + b / 2, b], 1) for a, b in zip(low, side, strict=True)]
         labels = [torch.randint(5, (count,)) for count in counts]
-        images = Images(torch.zeros(2, 3, 48, 64), mask, sizes, sizes, (0, 1))
-        return maps, images, Targets.from_lists(labels, boxes)
+        images = Images(torch.zeros(2, 3, 48, 64), mask, sizes, ((96, 128), (24, 63)), (0, 1))
+        return maps, images, Objects.of(images, Targets.from_lists(labels, boxes))
 
     return make

@@ -30,7 +30,7 @@ def naive(anchors: Anchors, shapes: list[tuple[int, int]]) -> tuple[list[list[fl
     return boxes, places
 
 
-@pytest.mark.parametrize("anchors", [Anchors([4, 8], 4, 3, (0.5, 1.0, 2.0)), Anchors([8, 16], 8, 1, (1.0,))])
+@pytest.mark.parametrize("anchors", [Anchors([4, 8], 4, 3, (0.5, 1.0, 2.0)), Anchors([8, 16], 8, 1, (1.0,), 0.5)])
 def test_boxes_and_which_lie_in_an_image(anchors: Anchors) -> None:
     shapes = [(3, 5), (2, 3)]
     boxes, places = naive(anchors, shapes)
@@ -45,6 +45,13 @@ def test_boxes_and_which_lie_in_an_image(anchors: Anchors) -> None:
     ]
     assert index.tolist() == inside
     assert counts == [sum(places[number][0] == level for number in inside) for level in range(2)]
+
+
+def test_the_scale_is_that_of_all_sides() -> None:
+    like, shapes = torch.zeros(()), [(3, 5), (2, 3)]
+    whole, half = (Anchors([4, 8], 4, 2, (0.5, 1.0), scale)(shapes, like) for scale in (1.0, 0.5))
+    torch.testing.assert_close(half[:, 2:] - half[:, :2], (whole[:, 2:] - whole[:, :2]) / 2)
+    torch.testing.assert_close(half[:, 2:] + half[:, :2], whole[:, 2:] + whole[:, :2])
 
 
 def test_an_image_larger_than_the_maps() -> None:
@@ -79,3 +86,8 @@ def test_numbers_of_an_anchor_stay_together() -> None:
 def test_numbers_out_of_range(strides: list[int], size: float, scales: int, ratios: list[float], named: str) -> None:
     with pytest.raises(ValueError, match=f"anchors.{named}"):
         Anchors(strides, size, scales, ratios)
+
+
+def test_a_scale_out_of_range() -> None:
+    with pytest.raises(ValueError, match=r"anchors.scale=0.0"):
+        Anchors([4], 4.0, 1, [1.0], 0.0)

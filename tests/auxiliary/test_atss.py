@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
-from detfamily.auxiliary import ATSS, Objects
+from detfamily.auxiliary import ATSS, PositiveQueries
 from detfamily.auxiliary.anchors import Anchors
 from detfamily.auxiliary.assigners import ATSSAssigner
 from detfamily.auxiliary.atss import centerness_of
 from detfamily.auxiliary.coder import DeltaCoder
-from detfamily.auxiliary.positives import PositiveQueries
+from detfamily.auxiliary.detect import BestBoxes
 from detfamily.auxiliary.structures import IGNORED
 from detfamily.blocks.denoising import Draws
 
-from .checks import check_gradient, check_loss, check_output
+from .checks import check_detections, check_gradient, check_loss, check_output, detections
 from .conftest import SHAPES, Batch, Golden
 
 OFFICIAL = {"class": "loss_cls1", "giou": "loss_bbox1", "centerness": "loss_centerness1"}
@@ -31,7 +32,7 @@ def test_what_it_says_of_the_anchors(golden: Golden) -> None:
 
 
 def test_the_official_assignment(golden: Golden) -> None:
-    head, objects = golden.heads["atss"], Objects.of(golden.images, golden.targets)
+    head, objects = golden.heads["atss"], golden.objects
     anchors = head.anchors(SHAPES, objects.boxes_xyxy)
     assigned = head.assign(anchors, SHAPES, golden.images, objects)
     shown = torch.where(assigned[..., None] == IGNORED, 0.0, anchors)
@@ -47,8 +48,8 @@ def test_the_official_assignment(golden: Golden) -> None:
 
 def test_the_official_losses_gradients_and_queries(golden: Golden) -> None:
     head = golden.heads["atss"]
-    found = head(golden.maps, golden.images, golden.targets, golden.draws("atss"))
-    weighted = {name: loss * golden.weight(OFFICIAL[name]) for name, loss in found.losses.items()}
+    losses, queries = golden.step("atss")
+    weighted = {name: loss * golden.weight(OFFICIAL[name]) for name, loss in losses.items()}
     assert set(weighted) == set(OFFICIAL)
     for name, loss in weighted.items():
         check_loss(loss, golden[f"loss.{OFFICIAL[name]}"])
@@ -58,7 +59,6 @@ def test_the_official_losses_gradients_and_queries(golden: Golden) -> None:
     assert set(own) == set(stored)
     for name, gradient in stored.items():
         check_gradient(own[name], gradient, name)
-    queries = found.positives
     tokens = torch.cat([one.flatten(2).transpose(1, 2) for one in golden.maps], 1)
     for image in range(2):
         # the official ones come in their own order
@@ -78,8 +78,20 @@ def test_the_official_losses_gradients_and_queries(golden: Golden) -> None:
 
 def small(depth: int = 1, num_groups: int = 4, scales: int = 1) -> ATSS:
     torch.manual_seed(1)
-    anchors, queries = Anchors([8, 16], 2, scales, (1.0,)), PositiveQueries(6, 2)
-    head = ATSS(8, 5, depth, num_groups, anchors, DeltaCoder(), ATSSAssigner(4), queries, alpha=0.3, gamma=1.5).double()
+    head = ATSS(
+        [8, 16],
+        embed_dim=8,
+        num_classes=5,
+        depth=depth,
+        num_groups=num_groups,
+        anchors=partial(Anchors, size=2, scales=scales, ratios=(1.0,)),
+        coder=DeltaCoder(),
+        assigner=ATSSAssigner(4),
+        weights={"class": 1.0, "giou": 2.0, "centerness": 1.0},
+        selection=BestBoxes(0.4, per_level=50, num_select=12),
+        alpha=0.3,
+        gamma=1.5,
+    ).double()
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return head
@@ -88,9 +100,8 @@ def small(depth: int = 1, num_groups: int = 4, scales: int = 1) -> ATSS:
 @pytest.mark.parametrize("counts", [(3, 1), (0, 2), (0, 0)])
 @pytest.mark.parametrize("depth", [0, 2])
 def test_losses(batch: Callable[..., Batch], counts: tuple[int, int], depth: int) -> None:
-    head, (maps, images, targets) = small(depth), batch(counts)
-    found = head(maps, images, targets, Draws())
-    objects, shapes = Objects.of(images, targets), [(6, 8), (3, 4)]
+    head, (maps, images, objects) = small(depth), batch(counts)
+    found, shapes = head(maps, images, objects, Draws()), [(6, 8), (3, 4)]
     anchors = head.anchors(shapes, objects.boxes_xyxy)
     assigned = head.assign(anchors, shapes, images, objects)
     logits, deltas, centerness = head.predict(maps)
@@ -102,7 +113,7 @@ def test_losses(batch: Callable[..., Batch], counts: tuple[int, int], depth: int
                 continue
             for column, logit in enumerate(logits[image, index].tolist()):
                 p = 1 / (1 + math.exp(-logit))
-                if number >= 0 and targets.labels[image, number] == column:
+                if number >= 0 and objects.labels[image, number] == column:
                     focal -= 0.3 * (1 - p) ** 1.5 * math.log(p)
                 else:
                     focal -= 0.7 * p**1.5 * math.log(1 - p)
@@ -126,16 +137,30 @@ def test_losses(batch: Callable[..., Batch], counts: tuple[int, int], depth: int
     assert found.losses["giou"].item() == pytest.approx(apart / max(1.0, weights), rel=1e-5)
     assert found.losses["centerness"].item() == pytest.approx(unsure / divisor)
     assert (weights > 0) == (sum(counts) > 0)
-    sum(found.losses.values(), found.positives.features.sum()).backward()
+    queries = PositiveQueries(6, 2)(found.candidates, objects, images, Draws())
+    sum(found.losses.values(), queries.features.sum()).backward()
     assert all(one.grad is not None and one.grad.isfinite().all() for one in (*maps, *head.parameters()))
-    assert found.positives.matched.any(1).tolist() == [count > 0 for count in counts]
+    assert queries.matched.any(1).tolist() == [count > 0 for count in counts]
+
+
+def test_what_it_detects_alone(batch: Callable[..., Batch]) -> None:
+    head, (maps, images, _) = small(), batch()
+    logits, deltas, centerness = head.predict(maps)
+    boxes = head.coder.decode(head.anchors([(6, 8), (3, 4)], logits), deltas)
+    found = head.detect(maps, images)
+    for image, size in enumerate(images.sizes):
+        inside, counts = head.anchors.inside([(6, 8), (3, 4)], size, logits.device)
+        scores, factors = logits[image, inside].sigmoid(), centerness[image, inside].sigmoid()
+        levels = zip(*(one.split(counts) for one in (scores, boxes[image, inside], factors)), strict=True)
+        check_detections(found[image], detections(levels, images, image, 0.4, 50, 12))
+    assert not found[0].scores.requires_grad
 
 
 def test_bfloat16(batch: Callable[..., Batch]) -> None:
-    head, (maps, images, targets) = small(), batch()
-    wanted = head(maps, images, targets, Draws()).losses
+    head, (maps, images, objects) = small(), batch()
+    wanted = head(maps, images, objects, Draws()).losses
     with torch.autocast("cpu", torch.bfloat16):
-        found = head.float()([one.float() for one in maps], images, targets, Draws()).losses
+        found = head.float()([one.float() for one in maps], images, objects, Draws()).losses
     for name, loss in found.items():
         assert loss.item() == pytest.approx(wanted[name].item(), rel=0.05)
 
@@ -147,9 +172,10 @@ def test_centerness() -> None:
 
 
 def test_errors(batch: Callable[..., Batch]) -> None:
-    maps, images, targets = batch()
-    with pytest.raises(ValueError, match="atss got 1 maps and has 2 strides"):
-        small()(maps[:1], images, targets, Draws())
+    maps, images, objects = batch()
+    for wrong in (lambda: small()(maps[:1], images, objects, Draws()), lambda: small().detect(maps[:1], images)):
+        with pytest.raises(ValueError, match="atss got 1 maps and has 2 strides"):
+            wrong()
     with pytest.raises(ValueError, match="num_groups=3 does not divide embed_dim=8"):
         small(num_groups=3)
     with pytest.raises(ValueError, match="2 anchors at a cell"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from detfamily.auxiliary import ATSS
 from detfamily.auxiliary.anchors import Anchors
 from detfamily.auxiliary.assigners import ATSSAssigner, MaxIoUAssigner
 from detfamily.auxiliary.coder import DeltaCoder
+from detfamily.auxiliary.detect import BestBoxes
 from detfamily.auxiliary.initialise import start_small
-from detfamily.auxiliary.positives import PositiveQueries
 from detfamily.auxiliary.roi_head import RoIHead
 from detfamily.auxiliary.rpn import RPN
 from detfamily.auxiliary.samplers import RandomSampler
@@ -28,10 +29,11 @@ def test_small_weights_and_one_bias() -> None:
 
 
 def test_the_heads() -> None:
-    anchors, coder, sampler = Anchors([8], 8, 1, (1.0,)), DeltaCoder(), RandomSampler(8, 0.5)
-    rpn = RPN(128, anchors, coder, MaxIoUAssigner(0.7, 0.3), sampler)
-    roi = RoIHead(8, 80, [8], 56.0, 7, 256, coder, MaxIoUAssigner(0.5, 0.5), sampler)
-    atss = ATSS(128, 80, 1, 32, anchors, coder, ATSSAssigner(), PositiveQueries())
+    anchors, coder, sampler = partial(Anchors, size=8, scales=1, ratios=(1.0,)), DeltaCoder(), RandomSampler(8, 0.5)
+    weights, selection = dict.fromkeys(ATSS.losses, 1.0), BestBoxes(0.5)
+    rpn = RPN([8], 128, anchors, coder, MaxIoUAssigner(0.7, 0.3), sampler)
+    roi = RoIHead([8], 8, 80, 56.0, 7, 256, coder, MaxIoUAssigner(0.5, 0.5), sampler, selection)
+    atss = ATSS([8], 128, 80, 1, 32, anchors, coder, ATSSAssigner(), weights, selection)
     small = [rpn.conv, roi.class_head, atss.class_head, atss.box_tower[0].conv]
     for layer, std in [*((one, 0.01) for one in small), (roi.box_head, 0.001)]:
         assert layer.weight.std().item() == pytest.approx(std, rel=0.1)

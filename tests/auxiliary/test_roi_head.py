@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from detfamily.auxiliary import Objects
 from detfamily.auxiliary.assigners import MaxIoUAssigner
 from detfamily.auxiliary.coder import DeltaCoder
+from detfamily.auxiliary.detect import BestBoxes
 from detfamily.auxiliary.roi_head import RoIHead
 from detfamily.auxiliary.samplers import RandomSampler
 from detfamily.auxiliary.structures import BACKGROUND
@@ -23,10 +23,14 @@ from .conftest import Batch, Golden, Stored
 STDS = (0.1, 0.1, 0.2, 0.2)
 
 
+def make(strides: Sequence[int] = (8, 16), finest: float = 12.0, scale: float = 1.0, count: int = 12) -> RoIHead:
+    assigner, sampler = MaxIoUAssigner(0.5, 0.5), RandomSampler(count, 0.25)
+    return RoIHead(strides, 8, 5, finest, 3, 6, DeltaCoder(STDS), assigner, sampler, BestBoxes(0.3, None), scale)
+
+
 def small(count: int = 12) -> RoIHead:
     torch.manual_seed(1)
-    sampler = RandomSampler(count, 0.25)
-    head = RoIHead(8, 5, [8, 16], 12.0, 3, 6, DeltaCoder(STDS), MaxIoUAssigner(0.5, 0.5), sampler).double()
+    head = make(count=count).double()
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return head
@@ -39,7 +43,7 @@ def regions_of(count: int, seed: int) -> Tensor:
 
 
 def test_the_official_regions(golden: Golden) -> None:
-    head, objects = golden.heads["faster_rcnn"].roi, Objects.of(golden.images, golden.targets)
+    head, objects = golden.heads["faster_rcnn"].roi, golden.objects
     proposals = [golden[f"rpn.{image}.proposals"][:, :4] for image in range(2)]
     draws = Stored([None, golden.order(6), None, golden.order(7)])
     sample, regions = head.sample(proposals, objects, draws)
@@ -116,8 +120,7 @@ def giou(a: list[float], b: list[float]) -> float:
 
 @pytest.mark.parametrize("counts", [(3, 1), (2, 0), (0, 0)])
 def test_losses(batch: Callable[..., Batch], counts: tuple[int, int]) -> None:
-    head, (maps, images, targets) = small(), batch(counts)
-    objects = Objects.of(images, targets)
+    head, (maps, _, objects) = small(), batch(counts)
     # fewer regions than slots in the second image
     proposals = [torch.cat([objects.boxes_of(i) + 0.5, regions_of(count, i)]) for i, count in enumerate((20, 4))]
     losses, candidates = head(maps, proposals, objects, Draws(torch.Generator().manual_seed(2)))
@@ -127,7 +130,7 @@ def test_losses(batch: Callable[..., Batch], counts: tuple[int, int]) -> None:
     for image in range(2):
         for slot in sample.valid[image].nonzero()[:, 0].tolist():
             number = int(sample.assigned[image, slot])
-            label = int(targets.labels[image, number]) if number >= 0 else 5
+            label = int(objects.labels[image, number]) if number >= 0 else 5
             row = logits[image, slot].tolist()
             wrong += math.log(sum(math.exp(one) for one in row)) - row[label]
             if number < 0:
@@ -150,11 +153,12 @@ def test_losses(batch: Callable[..., Batch], counts: tuple[int, int]) -> None:
 
 
 def test_no_regions_at_all(batch: Callable[..., Batch]) -> None:
-    head, (maps, images, targets) = small(), batch((0, 0))
+    head, (maps, images, objects) = small(), batch((0, 0))
     none = torch.zeros(0, 4, dtype=torch.float64)
-    losses, candidates = head(maps, [none, none], Objects.of(images, targets), Draws())
+    losses, candidates = head(maps, [none, none], objects, Draws())
     assert losses["class"].item() == losses["giou"].item() == 0
     assert not candidates.usable.any() and (candidates.assigned == BACKGROUND).all()
+    assert [len(one.scores) for one in head.detect(maps, [none, none], images)] == [0, 0]
 
 
 def test_bfloat16(batch: Callable[..., Batch]) -> None:
@@ -168,7 +172,17 @@ def test_bfloat16(batch: Callable[..., Batch]) -> None:
     assert (logits - wanted).abs().max() < 0.05 * wanted.abs().max()
 
 
-@pytest.mark.parametrize(("strides", "finest", "named"), [([], 56.0, "strides"), ([4], 0.0, "finest_scale")])
-def test_numbers_out_of_range(strides: list[int], finest: float, named: str) -> None:
+def test_the_scale_of_small_images() -> None:
+    whole, half = make(finest=10.0), make(finest=20.0, scale=0.5)
+    boxes = torch.cat([regions_of(20, 3), 3 * regions_of(20, 4)])
+    levels = whole.level_of(boxes)
+    assert torch.equal(half.level_of(boxes), levels) and levels.unique().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("strides", "finest", "scale", "named"),
+    [([], 56.0, 1.0, "strides"), ([4], 0.0, 1.0, "finest_scale"), ([4], 56.0, 0.0, "finest_scale=56.0, roi.scale")],
+)
+def test_numbers_out_of_range(strides: list[int], finest: float, scale: float, named: str) -> None:
     with pytest.raises(ValueError, match=f"roi.{named}"):
-        RoIHead(8, 5, strides, finest, 3, 6, DeltaCoder(), MaxIoUAssigner(0.5, 0.5), RandomSampler(4, 0.5))
+        make(strides, finest, scale)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from detfamily.auxiliary import Objects
 from detfamily.auxiliary.anchors import Anchors
 from detfamily.auxiliary.assigners import MaxIoUAssigner
 from detfamily.auxiliary.coder import DeltaCoder
@@ -18,14 +18,15 @@ from detfamily.auxiliary.rpn import RPN
 from detfamily.auxiliary.samplers import RandomSampler
 from detfamily.blocks.denoising import Draws
 
-from .checks import check_output
+from .checks import check_output, overlap
 from .conftest import SHAPES, Batch, Golden
 
 
 def small(**settings: Any) -> RPN:
     torch.manual_seed(1)
-    anchors = Anchors([8, 16], 2, 2, (0.5, 1.0))
-    rpn = RPN(8, anchors, DeltaCoder(), MaxIoUAssigner(0.5, 0.3, 0.2), RandomSampler(24, 0.5), **settings).double()
+    anchors = partial(Anchors, size=2, scales=2, ratios=(0.5, 1.0))
+    assigner, sampler = MaxIoUAssigner(0.5, 0.3, 0.2), RandomSampler(24, 0.5)
+    rpn = RPN([8, 16], 8, anchors, DeltaCoder(), assigner, sampler, **settings).double()
     for parameter in rpn.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return rpn
@@ -43,12 +44,12 @@ def test_what_it_says_of_the_anchors(golden: Golden) -> None:
 
 
 def test_the_official_sample_and_proposals(golden: Golden) -> None:
-    rpn, objects = golden.heads["faster_rcnn"].rpn, Objects.of(golden.images, golden.targets)
+    rpn, objects = golden.heads["faster_rcnn"].rpn, golden.objects
     anchors = rpn.anchors(SHAPES, objects.boxes_xyxy)
     sample = rpn.sample(anchors, SHAPES, golden.images, objects, golden.draws("faster_rcnn"))
     with torch.no_grad():
         logits, deltas = rpn.predict(golden.maps)
-    proposals = rpn.propose(logits, deltas, anchors, SHAPES, golden.images)
+    proposals = rpn.propose(logits, deltas, anchors, SHAPES, golden.images, rpn.per_level)
     for image in range(2):
         positive = sample.positive[image]
         assert sample.valid[image].all()
@@ -61,8 +62,7 @@ def test_the_official_sample_and_proposals(golden: Golden) -> None:
 @pytest.mark.parametrize("counts", [(3, 1), (2, 0), (0, 0)])
 def test_losses(batch: Callable[..., Batch], counts: tuple[int, int]) -> None:
     rpn = small()
-    maps, images, targets = batch(counts)
-    objects = Objects.of(images, targets)
+    maps, images, objects = batch(counts)
     losses, _ = rpn(maps, images, objects, Draws(torch.Generator().manual_seed(3)))
     shapes = [(6, 8), (3, 4)]
     anchors = rpn.anchors(shapes, objects.boxes_xyxy)
@@ -79,8 +79,8 @@ def test_losses(batch: Callable[..., Batch], counts: tuple[int, int]) -> None:
                 wrong += math.log1p(math.exp(logit))
                 continue
             wrong += math.log1p(math.exp(-logit))
-            height, width = images.sizes[image]
-            x, y, w, h = (targets.boxes[image, assigned] * torch.tensor([width, height, width, height])).tolist()
+            left, top, right, bottom = objects.boxes_xyxy[image, assigned].tolist()
+            x, y, w, h = (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
             x0, y0, x1, y1 = anchors[index].tolist()
             step = [(x - (x0 + x1) / 2) / (x1 - x0), (y - (y0 + y1) / 2) / (y1 - y0)]
             step += [math.log(w / (x1 - x0)), math.log(h / (y1 - y0))]
@@ -94,29 +94,23 @@ def test_losses(batch: Callable[..., Batch], counts: tuple[int, int]) -> None:
     assert counts[0] == 0 or far > 0
 
 
-def overlap(a: Tensor, b: Tensor) -> float:
-    sides = (torch.minimum(a[2:], b[2:]) - torch.maximum(a[:2], b[:2])).clamp(min=0)
-    shared = sides.prod()
-    return float(shared / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - shared))
-
-
-def test_proposals(batch: Callable[..., Batch]) -> None:
-    rpn = small(per_level=60, proposals=15, nms_iou=0.4)
-    maps, images, _ = batch()
-    with torch.no_grad():
-        logits, deltas = rpn.predict(maps)
+@pytest.mark.parametrize("per_level", [60, 40])
+def test_proposals(batch: Callable[..., Batch], per_level: int) -> None:
+    rpn = small(per_level=60, proposals=15, nms_iou=0.4, test_per_level=40)
+    maps, images, objects = batch()
+    logits, deltas = rpn.predict(maps)
     shapes, counts = [(6, 8), (3, 4)], [6 * 8 * 4, 3 * 4 * 4]
     anchors = rpn.anchors(shapes, logits)
-    found = rpn.propose(logits, deltas, anchors, shapes, images)
+    found = rpn(maps, images, objects, Draws())[1] if per_level == 60 else rpn.detect(maps, images)
     for image, (height, width) in enumerate(images.sizes):
         boxes = rpn.coder.decode(anchors, deltas[image])
         boxes = torch.stack([b.clamp(0, end) for b, end in zip(boxes.unbind(1), (width, height) * 2, strict=True)], 1)
         wanted: list[tuple[float, Tensor]] = []
         for scores, of_level in zip(logits[image].split(counts), boxes.split(counts), strict=True):
             kept: list[tuple[float, Tensor]] = []
-            for index in scores.argsort(descending=True)[:60]:
+            for index in scores.argsort(descending=True)[:per_level]:
                 box = of_level[index]
-                if (box[2:] > box[:2]).all() and all(overlap(box, other) <= 0.4 for _, other in kept):
+                if (box[2:] > box[:2]).all() and all(overlap(box.tolist(), other.tolist()) <= 0.4 for _, other in kept):
                     kept.append((scores[index].item(), box))
             wanted += kept
         wanted.sort(key=lambda one: -one[0])
@@ -135,11 +129,13 @@ def test_bfloat16(batch: Callable[..., Batch]) -> None:
 
 
 def test_errors(batch: Callable[..., Batch]) -> None:
-    maps, images, targets = batch()
-    with pytest.raises(ValueError, match="rpn got 1 maps and has 2 strides"):
-        small()(maps[:1], images, Objects.of(images, targets), Draws())
+    maps, images, objects = batch()
+    for wrong in (lambda: small()(maps[:1], images, objects, Draws()), lambda: small().detect(maps[:1], images)):
+        with pytest.raises(ValueError, match="rpn got 1 maps and has 2 strides"):
+            wrong()
     for settings, named in (
         ({"per_level": 0}, "per_level"),
+        ({"test_per_level": 0}, "per_level=4000, rpn.test_per_level"),
         ({"proposals": 0}, "proposals"),
         ({"nms_iou": 0.0}, "nms"),
     ):

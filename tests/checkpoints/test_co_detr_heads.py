@@ -6,29 +6,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
-from detfamily.auxiliary import ATSS, FasterRCNN
-from detfamily.auxiliary.anchors import Anchors
-from detfamily.auxiliary.assigners import ATSSAssigner, MaxIoUAssigner
-from detfamily.auxiliary.coder import DeltaCoder
-from detfamily.auxiliary.positives import PositiveQueries
-from detfamily.auxiliary.roi_head import RoIHead
-from detfamily.auxiliary.rpn import RPN
-from detfamily.auxiliary.samplers import RandomSampler
 from detfamily.checkpoints.adapter import Adapter
 from detfamily.checkpoints.co_detr_heads import rules
+from detfamily.config import build
+from detfamily.config.registry import configs_dir
 
 
 def published() -> nn.ModuleDict:
     """Those of Co-DINO, as shapes alone."""
-    strides = [4, 8, 16, 32, 64, 128]
-    queries, coder, sampler = PositiveQueries(), DeltaCoder(), RandomSampler(512, 0.25)
+    model = {"embed_dim": 256, "num_classes": 80, "anchor_scale": 1.0}
+    found = {}
     with torch.device("meta"):
-        rpn = RPN(256, Anchors(strides, 4, 3, (0.5, 1.0, 2.0)), coder, MaxIoUAssigner(0.7, 0.3, 0.3), sampler)
-        roi = RoIHead(256, 80, strides[:-1], 56.0, 7, 1024, coder, MaxIoUAssigner(0.5, 0.5), sampler)
-        atss = ATSS(256, 80, 1, 32, Anchors(strides, 8, 1, (1.0,)), coder, ATSSAssigner(), queries)
-        return nn.ModuleDict({"faster_rcnn": FasterRCNN(rpn, roi, queries), "atss": atss})
+        for name in ("faster_rcnn", "atss"):
+            own = OmegaConf.load(configs_dir() / "auxiliary" / f"{name}.yaml")
+            head = build(OmegaConf.create({"model": model, "auxiliary": own}).auxiliary)
+            found[name] = head(strides=[4, 8, 16, 32, 64, 128])
+    return nn.ModuleDict(found)
 
 
 def test_all_names_of_a_published_file_there_and_back(stored_json: Callable[[str], dict[str, Any]]) -> None:

@@ -21,22 +21,27 @@ class Anchors:
         size: side of the smallest square, in strides.
         scales: sizes at each cell, from ``size`` on, a ``scales``-th part of an octave apart.
         ratios: height / width of the shapes.
+        scale: multiplies all sizes; below 1 for images smaller than COCO's at 800 pixels.
 
     Raises:
         ValueError: a number is out of its range, or there are none.
     """
 
-    def __init__(self, strides: Sequence[int], size: float, scales: int, ratios: Sequence[float]) -> None:
+    def __init__(
+        self, strides: Sequence[int], size: float, scales: int, ratios: Sequence[float], scale: float = 1.0
+    ) -> None:
         if not strides or min(strides) < 1:
             raise ValueError(f"anchors.strides={[*strides]}: expected pixels between cells of each level, 1 or more")
         if size <= 0 or scales < 1:
             raise ValueError(
                 f"anchors.size={size}, anchors.scales={scales}: expected sizes above 0 and 1 or more scales"
             )
+        if scale <= 0:
+            raise ValueError(f"anchors.scale={scale}: expected a number above 0")
         if not ratios or min(ratios) <= 0:
             raise ValueError(f"anchors.ratios={[*ratios]}: expected ratios of height to width, above 0")
         self.strides = tuple(strides)
-        self.size = size
+        self.size = size * scale
         self.scales = scales
         self.ratios = tuple(ratios)
 

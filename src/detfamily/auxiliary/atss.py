@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,60 +14,78 @@ from torchvision.ops import generalized_box_iou_loss
 from detfamily.auxiliary.anchors import Anchors, by_anchor
 from detfamily.auxiliary.assigners import ATSSAssigner
 from detfamily.auxiliary.coder import DeltaCoder
+from detfamily.auxiliary.detect import BestBoxes
+from detfamily.auxiliary.divisors import mean_over_processes
+from detfamily.auxiliary.head import AuxiliaryHead
 from detfamily.auxiliary.initialise import start_small
-from detfamily.auxiliary.positives import PositiveQueries
-from detfamily.auxiliary.structures import IGNORED, Auxiliary, Candidates, Objects, check_levels
+from detfamily.auxiliary.structures import (
+    IGNORED,
+    Auxiliary,
+    Candidates,
+    Objects,
+    check_levels,
+    shapes_of,
+    tokens_of,
+)
 from detfamily.blocks.boxes import to_cxcywh
 from detfamily.blocks.denoising import Draws
 from detfamily.blocks.heads import full_precision
-from detfamily.structures import Images, Size, Targets
+from detfamily.structures import Detections, Images, Size
 
 _EPS = 1e-6
 
 
-class ATSS(nn.Module):
+class ATSS(AuxiliaryHead):
     """Two towers of convolutions on every level: classes from one, boxes and centerness from the other.
 
     Args:
+        strides: pixels between neighbouring cells of each map, finest first.
         embed_dim: channels C of the maps.
         num_classes: columns K.
         depth: convolutions of a tower, each with a norm and a ReLU.
         num_groups: groups of the norms.
-        anchors: of the levels, one at a cell.
+        anchors: factory of the levels' anchors, one at a cell.
         coder: of the steps from anchors to boxes.
         assigner: of anchors to objects.
-        queries: chooses positive anchors.
+        weights: of the losses "class", "giou" and "centerness".
+        selection: of what the head detects on its own.
         alpha: of the focal loss: weight of the positive columns, against 1 - alpha of the negative ones.
         gamma: of the focal loss: focusing power.
 
     Raises:
-        ValueError: there are several anchors at a cell; num_groups does not divide embed_dim.
+        ValueError: there are several anchors at a cell; num_groups does not divide embed_dim; the weights are not those
+            of the losses.
     """
+
+    name: ClassVar[str] = "atss"
+    losses: ClassVar[tuple[str, ...]] = ("class", "giou", "centerness")
 
     def __init__(
         self,
+        strides: Sequence[int],
         embed_dim: int,
         num_classes: int,
         depth: int,
         num_groups: int,
-        anchors: Anchors,
+        anchors: Callable[..., Anchors],
         coder: DeltaCoder,
         assigner: ATSSAssigner,
-        queries: PositiveQueries,
+        weights: Mapping[str, float],
+        selection: BestBoxes,
         alpha: float = 0.25,
         gamma: float = 2.0,
     ) -> None:
-        super().__init__()
-        if anchors.per_cell != 1:
+        super().__init__(weights)
+        self.anchors = anchors(strides=strides)
+        if self.anchors.per_cell != 1:
             raise ValueError(
-                f"atss.anchors has {anchors.per_cell} anchors at a cell: expected 1, one scale and one ratio"
+                f"atss.anchors has {self.anchors.per_cell} anchors at a cell: expected 1, one scale and one ratio"
             )
         if embed_dim % num_groups:
             raise ValueError(f"atss.num_groups={num_groups} does not divide embed_dim={embed_dim}")
-        self.anchors = anchors
         self.coder = coder
         self.assigner = assigner
-        self.queries = queries
+        self.selection = selection
         self.alpha = alpha
         self.gamma = gamma
         self.class_tower = nn.Sequential(*(_Block(embed_dim, num_groups) for _ in range(depth)))
@@ -74,34 +93,36 @@ class ATSS(nn.Module):
         self.class_head = nn.Conv2d(embed_dim, num_classes, 3, padding=1)
         self.box_head = nn.Conv2d(embed_dim, 4, 3, padding=1)
         self.centerness_head = nn.Conv2d(embed_dim, 1, 3, padding=1)
-        self.scales = nn.ParameterList([torch.ones(()) for _ in anchors.strides])
+        self.scales = nn.ParameterList([torch.ones(()) for _ in strides])
         start_small(self.class_head, bias=-math.log(99))  # a probability of 0.01
         start_small(self.box_head)
         start_small(self.centerness_head)
 
-    def forward(self, maps: Sequence[Tensor], images: Images, targets: Targets, draws: Draws) -> Auxiliary:
-        """Losses "class", "giou" and "centerness", and positive anchors.
-
-        Args:
-            maps: (B, C, h, w) of each level, finest first.
-            images: the batch.
-            targets: its objects.
-            draws: where the random numbers come from that choose among the positives.
-
-        Raises:
-            ValueError: there is not a map for every level, or not a target for every image.
-        """
-        check_levels(maps, len(self.anchors.strides), "atss")
-        objects = Objects.of(images, targets)
-        shapes = [(one.shape[-2], one.shape[-1]) for one in maps]
+    def forward(self, maps: Sequence[Tensor], images: Images, objects: Objects, draws: Draws) -> Auxiliary:
+        """Losses "class", "giou" and "centerness", and the anchors."""
+        check_levels(maps, len(self.anchors.strides), self.name)
+        shapes = shapes_of(maps)
         anchors = self.anchors(shapes, objects.boxes_xyxy)
         assigned = self.assign(anchors, shapes, images, objects)
         losses = self._losses(*self.predict(maps), anchors, assigned, objects)
         # anchors in the padding are boxes without a size there, and may fill up the queries, as officially
         shown = torch.where(assigned[..., None] == IGNORED, 0.0, anchors)
-        features = torch.cat([one.flatten(2).transpose(1, 2) for one in maps], 1)
-        candidates = Candidates(shown, features, assigned, torch.ones_like(assigned, dtype=torch.bool))
-        return Auxiliary(losses, self.queries(candidates, objects, images, draws))
+        usable = torch.ones_like(assigned, dtype=torch.bool)
+        return Auxiliary(losses, Candidates(shown, tokens_of(maps), assigned, usable))
+
+    @torch.no_grad()
+    def detect(self, maps: Sequence[Tensor], images: Images) -> list[Detections]:
+        """The best boxes of each image; a score is that of the class times centerness (FCOS, arXiv 1904.01355, 3.3)."""
+        check_levels(maps, len(self.anchors.strides), self.name)
+        logits, deltas, centerness = self.predict(maps)
+        shapes = shapes_of(maps)
+        boxes = self.coder.decode(self.anchors(shapes, deltas), deltas)
+        found = []
+        for image, sizes in enumerate(zip(images.sizes, images.original_sizes, strict=True)):
+            inside, counts = self.anchors.inside(shapes, sizes[0], logits.device)
+            scores, factors = logits[image, inside].sigmoid(), centerness[image, inside].sigmoid()
+            found.append(self.selection(scores, boxes[image, inside], counts, *sizes, factors))
+        return found
 
     def predict(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (B, N, K), steps (B, N, 4) and centerness logits (B, N) of the anchors."""
@@ -129,7 +150,8 @@ class ATSS(nn.Module):
         self, logits: Tensor, deltas: Tensor, centerness: Tensor, anchors: Tensor, assigned: Tensor, objects: Objects
     ) -> dict[str, Tensor]:
         matched = assigned >= 0
-        divisor = matched.sum(1).clamp(min=1).sum()
+        positives = matched.sum(1).clamp(min=1).sum()
+        divisor = mean_over_processes(positives.to(deltas.dtype)).clamp(min=1)
         target_xyxy, labels = objects.at(assigned)
         source, target = anchors.expand_as(target_xyxy)[matched], target_xyxy[matched]
         wanted = centerness_of(source, target)
@@ -138,7 +160,7 @@ class ATSS(nn.Module):
         unsure = F.binary_cross_entropy_with_logits(centerness[matched], wanted.to(centerness.dtype), reduction="sum")
         return {
             "class": self._focal(logits, assigned, labels) / divisor,
-            "giou": (apart * wanted).sum() / wanted.sum().clamp(min=1),
+            "giou": (apart * wanted).sum() / mean_over_processes(wanted.sum()).clamp(min=1),
             "centerness": unsure / divisor,
         }
 

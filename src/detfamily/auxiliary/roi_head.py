@@ -11,11 +11,13 @@ from torchvision.ops import generalized_box_iou_loss, roi_align
 
 from detfamily.auxiliary.assigners import MaxIoUAssigner
 from detfamily.auxiliary.coder import DeltaCoder
+from detfamily.auxiliary.detect import BestBoxes
 from detfamily.auxiliary.initialise import start_small
 from detfamily.auxiliary.samplers import RandomSampler, Sample
 from detfamily.auxiliary.structures import Candidates, Objects
 from detfamily.blocks.denoising import Draws
 from detfamily.blocks.heads import SoftmaxClassHead, full_precision
+from detfamily.structures import Detections, Images
 
 _EPS = 1e-6
 
@@ -24,9 +26,9 @@ class RoIHead(nn.Module):
     """Reads a square of features from every region, and says its class and, for each class, the step to its box.
 
     Args:
+        strides: pixels between neighbouring cells of the levels that regions are read from, finest first.
         embed_dim: channels C of the maps.
         num_classes: K; the logits have one more column, for the background.
-        strides: pixels between neighbouring cells of the levels that regions are read from, finest first.
         finest_scale: regions with sides of up to twice as many pixels are read from the finest level, and each further
             level has regions of twice the size.
         resolution: cells of a side of the square.
@@ -34,35 +36,40 @@ class RoIHead(nn.Module):
         coder: of the steps.
         assigner: of regions to objects.
         sampler: of the regions that are trained.
+        selection: of what is detected; the levels are one to it.
+        scale: multiplies finest_scale, as it does the anchors' sizes.
 
     Raises:
-        ValueError: there are no strides; finest_scale is not above 0.
+        ValueError: there are no strides; finest_scale or scale is not above 0.
     """
 
     def __init__(
         self,
+        strides: Sequence[int],
         embed_dim: int,
         num_classes: int,
-        strides: Sequence[int],
         finest_scale: float,
         resolution: int,
         hidden_dim: int,
         coder: DeltaCoder,
         assigner: MaxIoUAssigner,
         sampler: RandomSampler,
+        selection: BestBoxes,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         if not strides or min(strides) < 1:
             raise ValueError(f"roi.strides={[*strides]}: expected pixels between cells of each level, 1 or more")
-        if finest_scale <= 0:
-            raise ValueError(f"roi.finest_scale={finest_scale}: expected pixels, more than 0")
+        if finest_scale <= 0 or scale <= 0:
+            raise ValueError(f"roi.finest_scale={finest_scale}, roi.scale={scale}: expected numbers above 0")
         self.num_classes = num_classes
         self.strides = tuple(strides)
-        self.finest_scale = finest_scale
+        self.finest_scale = finest_scale * scale
         self.resolution = resolution
         self.coder = coder
         self.assigner = assigner
         self.sampler = sampler
+        self.selection = selection
         self.shared = nn.ModuleList(
             [nn.Linear(embed_dim * resolution**2, hidden_dim), nn.Linear(hidden_dim, hidden_dim)]
         )
@@ -97,6 +104,22 @@ class RoIHead(nn.Module):
         fewest = sample.valid.sum(1).min()
         usable = sample.valid & (torch.arange(regions.shape[1], device=regions.device) < fewest)
         return losses, Candidates(regions, pooled.mean((-2, -1)), sample.assigned, usable)
+
+    @torch.no_grad()
+    def detect(self, maps: Sequence[Tensor], proposals: Sequence[Tensor], images: Images) -> list[Detections]:
+        """The best boxes of each image.
+
+        Args:
+            maps: (B, C, h, w) of each level, and possibly further ones, which are not read.
+            proposals: (P, 4) corners of each image's regions, in pixels.
+            images: the batch.
+        """
+        counts = [len(own) for own in proposals]
+        regions = torch.stack([F.pad(own, (0, 0, 0, max(counts) - len(own))) for own in proposals])
+        logits, deltas = self.predict(self.pool(maps, regions))
+        scores, boxes = logits.softmax(-1)[..., :-1], self.coder.decode(regions[:, :, None], deltas)
+        rows = zip(scores, boxes, counts, images.sizes, images.original_sizes, strict=True)
+        return [self.selection(s[:count], b[:count], [count], size, original) for s, b, count, size, original in rows]
 
     @torch.no_grad()
     def sample(self, proposals: Sequence[Tensor], objects: Objects, draws: Draws) -> tuple[Sample, Tensor]:

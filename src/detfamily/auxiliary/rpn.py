@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from detfamily.auxiliary.assigners import MaxIoUAssigner
 from detfamily.auxiliary.coder import DeltaCoder
 from detfamily.auxiliary.initialise import start_small
 from detfamily.auxiliary.samplers import RandomSampler, Sample
-from detfamily.auxiliary.structures import IGNORED, Objects, check_levels, extents
+from detfamily.auxiliary.structures import IGNORED, Objects, check_levels, extents, shapes_of
 from detfamily.blocks.denoising import Draws
 from detfamily.blocks.heads import full_precision
 from detfamily.structures import Images, Size
@@ -24,12 +24,14 @@ class RPN(nn.Module):
     """A convolution on every level, and what it says of each anchor: whether it is an object, and the step to its box.
 
     Args:
+        strides: pixels between neighbouring cells of each map, finest first.
         embed_dim: channels C of the maps.
-        anchors: of the levels.
+        anchors: factory of the levels' anchors.
         coder: of the steps.
         assigner: of anchors to objects.
         sampler: of the anchors that are trained.
-        per_level: the best anchors of each level, which become boxes.
+        per_level: the best anchors of each level, which become boxes, in training.
+        test_per_level: the same where the boxes are for detections.
         proposals: boxes of an image that are given on, at most.
         nms_iou: of two boxes of a level that overlap more, the better one is given on.
 
@@ -39,30 +41,36 @@ class RPN(nn.Module):
 
     def __init__(
         self,
+        strides: Sequence[int],
         embed_dim: int,
-        anchors: Anchors,
+        anchors: Callable[..., Anchors],
         coder: DeltaCoder,
         assigner: MaxIoUAssigner,
         sampler: RandomSampler,
         per_level: int = 4000,
         proposals: int = 1000,
         nms_iou: float = 0.7,
+        test_per_level: int = 1000,
     ) -> None:
         super().__init__()
-        if per_level < 1 or proposals < 1:
-            raise ValueError(f"rpn.per_level={per_level}, rpn.proposals={proposals}: expected 1 or more boxes")
+        if min(per_level, test_per_level, proposals) < 1:
+            raise ValueError(
+                f"rpn.per_level={per_level}, rpn.test_per_level={test_per_level}, rpn.proposals={proposals}: expected "
+                "1 or more boxes"
+            )
         if not 0 < nms_iou <= 1:
             raise ValueError(f"rpn.nms_iou={nms_iou}: expected an overlap above 0 and up to 1")
-        self.anchors = anchors
+        self.anchors = anchors(strides=strides)
         self.coder = coder
         self.assigner = assigner
         self.sampler = sampler
         self.per_level = per_level
+        self.test_per_level = test_per_level
         self.proposals = proposals
         self.nms_iou = nms_iou
         self.conv = nn.Conv2d(embed_dim, embed_dim, 3, padding=1)
-        self.class_head = nn.Conv2d(embed_dim, anchors.per_cell, 1)
-        self.box_head = nn.Conv2d(embed_dim, anchors.per_cell * 4, 1)
+        self.class_head = nn.Conv2d(embed_dim, self.anchors.per_cell, 1)
+        self.box_head = nn.Conv2d(embed_dim, self.anchors.per_cell * 4, 1)
         for layer in (self.conv, self.class_head, self.box_head):
             start_small(layer)
 
@@ -85,12 +93,24 @@ class RPN(nn.Module):
             ValueError: there is not a map for every level of the anchors.
         """
         check_levels(maps, len(self.anchors.strides), "rpn")
-        shapes = [(one.shape[-2], one.shape[-1]) for one in maps]
+        shapes = shapes_of(maps)
         anchors = self.anchors(shapes, objects.boxes_xyxy)
         logits, deltas = self.predict(maps)
         sample = self.sample(anchors, shapes, images, objects, draws)
         losses = self._losses(logits, deltas, anchors, sample, objects)
-        return losses, self.propose(logits.detach(), deltas.detach(), anchors, shapes, images)
+        return losses, self.propose(logits, deltas, anchors, shapes, images, self.per_level)
+
+    @torch.no_grad()
+    def detect(self, maps: Sequence[Tensor], images: Images) -> list[Tensor]:
+        """For each image (P, 4) corners of boxes in it, in pixels, best first, where there are no objects to learn.
+
+        Raises:
+            ValueError: there is not a map for every level of the anchors.
+        """
+        check_levels(maps, len(self.anchors.strides), "rpn")
+        logits, deltas = self.predict(maps)
+        shapes = shapes_of(maps)
+        return self.propose(logits, deltas, self.anchors(shapes, deltas), shapes, images, self.test_per_level)
 
     def predict(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Logits (B, N) and steps (B, N, 4) of the anchors."""
@@ -127,14 +147,20 @@ class RPN(nn.Module):
 
     @torch.no_grad()
     def propose(
-        self, logits: Tensor, deltas: Tensor, anchors: Tensor, shapes: Sequence[Size], images: Images
+        self,
+        logits: Tensor,
+        deltas: Tensor,
+        anchors: Tensor,
+        shapes: Sequence[Size],
+        images: Images,
+        per_level: int,
     ) -> list[Tensor]:
         """The best boxes (P, 4) of each image; anchors in the padding have a say, too, as officially."""
         scores = logits.sigmoid()
         best, levels, start = [], [], 0
         for level, (height, width) in enumerate(shapes):
             count = height * width * self.anchors.per_cell
-            top = scores[:, start : start + count].topk(min(self.per_level, count)).indices
+            top = scores[:, start : start + count].topk(min(per_level, count)).indices
             best.append(top + start)
             levels.append(torch.full_like(top[0], level))
             start += count

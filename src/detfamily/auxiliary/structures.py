@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detfamily.blocks.boxes import to_xyxy
-from detfamily.structures import Images, Targets
+from detfamily.structures import Images, Size, Targets
 
 BACKGROUND = -1
 """In the place of an object's index: none."""
@@ -112,11 +112,21 @@ class Auxiliary:
     Attributes:
         losses: unweighted scalars with a gradient, named as those of the criterion, with the part before them where
             there are several: "giou", "rpn/class".
-        positives: what becomes queries.
+        candidates: what ``PositiveQueries`` chooses from.
     """
 
     losses: dict[str, Tensor]
-    positives: Positives
+    candidates: Candidates
+
+
+def shapes_of(maps: Sequence[Tensor]) -> list[Size]:
+    """(h, w) of maps (B, C, h, w)."""
+    return [(one.shape[-2], one.shape[-1]) for one in maps]
+
+
+def tokens_of(maps: Sequence[Tensor]) -> Tensor:
+    """(B, C, h, w) of each level to (B, N, C), level by level, row by row."""
+    return torch.cat([one.flatten(2).transpose(1, 2) for one in maps], 1)
 
 
 def check_levels(maps: Sequence[Tensor], levels: int, head: str) -> None:
