@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.ops import box_iou
 
@@ -100,6 +103,50 @@ def test_suppression_as_a_naive_loop(iou: float) -> None:
         assert (len(chosen) < 36) == (iou < 1)
 
 
+@pytest.mark.parametrize("case", ["co_dino_eval", "co_deformable_eval"])
+def test_as_co_detr(goldens: Path, case: str) -> None:
+    folder = goldens / "co_detr" / case
+    args, io = json.loads((folder / "case.json").read_text())["args"], load_file(folder / "io.safetensors")
+    soft = args["test_nms"] == "soft_nms"
+    postprocess = TopK(
+        SigmoidScores(),
+        num_select=args["num_query"] if soft else args["max_per_img"],
+        soft_nms_iou=args["test_nms_iou_threshold"] if soft else None,
+        max_detections=args["max_per_img"] if soft else None,
+        clip=True,
+    )
+    said = {"match": Predictions(io["synth.pred_logits"][None], io["synth.pred_boxes"][None])}
+    sizes = [tuple(io[f"targets.{image}.size"].tolist()) for image in range(BATCH)]
+    found = postprocess(said, Images(torch.zeros(BATCH, 3, 8, 8), io["mask"], (), tuple(sizes), (0, 1)))
+    for image, one in enumerate(found):
+        expected = {key: io[f"post_synth.{image}.{key}"] for key in ("scores", "labels", "boxes")}
+        torch.testing.assert_close(one.scores, expected["scores"], rtol=1e-5, atol=1e-6)
+        assert one.labels.tolist() == expected["labels"].tolist()
+        original = one.boxes_xyxy / io["scale_factor"][image]
+        torch.testing.assert_close(original, expected["boxes"], rtol=1e-5, atol=1e-4)
+
+
+def test_soft_suppression_lowers_scores_and_drops_what_is_left_with_none() -> None:
+    logits = torch.tensor([[[[3.0, -9.0], [2.0, -9.0], [1.0, -9.0], [-8.0, 0.0]]]])
+    boxes = torch.tensor([[[[0.5, 0.5, 0.4, 0.4], [0.5, 0.5, 0.4, 0.36], [0.5, 0.5, 0.4, 0.4], [0.5, 0.5, 0.4, 0.4]]]])
+    one = Images(torch.zeros(1, 3, 8, 8), torch.zeros(1, 8, 8, dtype=torch.bool), ((8, 8),), ((8, 8),), (0,))
+    (found,) = TopK(SigmoidScores(), num_select=8, soft_nms_iou=0.8)({"match": Predictions(logits, boxes)}, one)
+    assert found.labels.tolist() == [0, 1, 0]  # best first after lowering
+    expected = torch.tensor([3.0, 0.0, 2.0]).sigmoid() * torch.tensor([1.0, 1.0, 0.1])
+    torch.testing.assert_close(found.scores, expected)
+    (best,) = TopK(SigmoidScores(), 8, soft_nms_iou=0.8, max_detections=2)({"match": Predictions(logits, boxes)}, one)
+    assert torch.equal(best.scores, found.scores[:2]) and torch.equal(best.boxes_xyxy, found.boxes_xyxy[:2])
+
+
+def test_clipping() -> None:
+    boxes = torch.tensor([[[[0.1, 0.5, 0.4, 0.5], [0.9, 0.9, 0.4, 0.4]]] * BATCH])
+    said = {"match": Predictions(torch.tensor([[[[2.0], [1.0]]] * BATCH]), boxes)}
+    for found, (height, width) in zip(TopK(SigmoidScores(), clip=True)(said, images()), SIZES, strict=True):
+        expected = torch.tensor([[0, 0.25, 0.3, 0.75], [0.7, 0.7, 1, 1]]) * torch.tensor([width, height] * 2)
+        torch.testing.assert_close(found.boxes_xyxy, expected)
+    assert TopK(SigmoidScores())(said, images())[0].boxes_xyxy[0, 0] < 0
+
+
 def test_per_query_with_suppression_keeps_the_best_of_equal_boxes() -> None:
     logits = torch.tensor([[[[5.0, 0.0, 0.0], [6.0, 0.0, 0.0], [0.0, 5.0, 0.0]]]])
     said = {"match": Predictions(logits, torch.full((1, 1, 3, 4), 0.5))}
@@ -121,6 +168,12 @@ def test_settings_that_make_no_sense() -> None:
     for nms_iou in (0.0, -0.1, 1.5):
         with pytest.raises(ValueError, match=r"postprocess\.nms_iou=.*expected a number in \(0, 1\]"):
             TopK(SigmoidScores(), nms_iou=nms_iou)
+    with pytest.raises(ValueError, match=r"postprocess\.soft_nms_iou=2\.0: expected a number in \(0, 1\]"):
+        TopK(SigmoidScores(), soft_nms_iou=2.0)
+    with pytest.raises(ValueError, match=r"nms_iou=0\.7 and postprocess\.soft_nms_iou=0\.8: expected one of them"):
+        TopK(SigmoidScores(), nms_iou=0.7, soft_nms_iou=0.8)
+    with pytest.raises(ValueError, match=r"postprocess\.max_detections=0: expected 1 or more, or null"):
+        TopK(SigmoidScores(), max_detections=0)
     with pytest.raises(ValueError, match=r"postprocess\.num_select=0: expected 1 or more"):
         TopK(SigmoidScores(), num_select=0)
     with pytest.raises(ValueError, match="needs a 'no object' column"):

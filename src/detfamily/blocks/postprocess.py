@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 from detfamily.blocks.boxes import to_xyxy
+from detfamily.blocks.soft_nms import soft_nms
 from detfamily.structures import Detections, Images, Predictions
 
 
@@ -69,17 +70,41 @@ class TopK(nn.Module):
         num_select: pairs taken; 100 in Deformable DETR, 300 in DAB-DETR and DINO. Fewer where there are fewer.
         layer: which decoder layer answers; -1 is the last.
         nms_iou: suppress boxes of one class that overlap more than this; None for no suppression.
+        soft_nms_iou: lower the scores of boxes of one class that overlap by this or more (``soft_nms``), and drop those
+            that have nothing left; None for no suppression. Co-DINO: 0.8.
+        max_detections: the best ones that are left after suppression; None for all of them. Co-DINO: 300.
+        clip: cut boxes off at the edges of the image, before suppression (Co-DETR).
     """
 
-    def __init__(self, scores: nn.Module, num_select: int = 100, layer: int = -1, nms_iou: float | None = None) -> None:
+    def __init__(
+        self,
+        scores: nn.Module,
+        num_select: int = 100,
+        layer: int = -1,
+        nms_iou: float | None = None,
+        soft_nms_iou: float | None = None,
+        max_detections: int | None = None,
+        clip: bool = False,
+    ) -> None:
         super().__init__()
         _check(scores, nms_iou, override_empty=True)
+        _check_iou(soft_nms_iou, "soft_nms_iou")
+        if nms_iou is not None and soft_nms_iou is not None:
+            raise ValueError(
+                f"postprocess.nms_iou={nms_iou} and postprocess.soft_nms_iou={soft_nms_iou}: expected one of them, "
+                "and null for the other"
+            )
         if num_select < 1:
             raise ValueError(f"postprocess.num_select={num_select}: expected 1 or more")
+        if max_detections is not None and max_detections < 1:
+            raise ValueError(f"postprocess.max_detections={max_detections}: expected 1 or more, or null for all")
         self.scores = scores
         self.num_select = num_select
         self.layer = layer
         self.nms_iou = nms_iou
+        self.soft_nms_iou = soft_nms_iou
+        self.max_detections = max_detections
+        self.clip = clip
 
     def forward(self, predictions: Mapping[str, Predictions], images: Images) -> list[Detections]:
         """The detections of each image."""
@@ -88,16 +113,24 @@ class TopK(nn.Module):
         classes = all_scores.shape[-1]
         scores, index = all_scores.flatten(1).topk(min(self.num_select, all_scores[0].numel()))
         query, labels = index // classes, index % classes
-        boxes_xyxy = _to_pixels(boxes, images).gather(1, query[..., None].expand(-1, -1, 4))
-        found = zip(scores, labels, boxes_xyxy, strict=True)
-        return [_nms(Detections(s, n, b), self.nms_iou) for s, n, b in found]
+        boxes_xyxy = _to_pixels(boxes, images, self.clip).gather(1, query[..., None].expand(-1, -1, 4))
+        if self.soft_nms_iou is None:
+            found = zip(scores, labels, boxes_xyxy, strict=True)
+            kept = [_nms(Detections(s, n, b), self.nms_iou) for s, n, b in found]
+        else:
+            kept = _soft_nms(scores, labels, boxes_xyxy, self.soft_nms_iou)
+        return kept if self.max_detections is None else [_first(one, self.max_detections) for one in kept]
 
 
 def _check(scores: nn.Module, nms_iou: float | None, override_empty: bool) -> None:
-    if nms_iou is not None and not 0 < nms_iou <= 1:
-        raise ValueError(f"postprocess.nms_iou={nms_iou}: expected a number in (0, 1], or null for no suppression")
+    _check_iou(nms_iou, "nms_iou")
     if not override_empty and not isinstance(scores, SoftmaxScores):
         raise ValueError("postprocess.override_empty=false needs a 'no object' column: classification=softmax")
+
+
+def _check_iou(iou: float | None, name: str) -> None:
+    if iou is not None and not 0 < iou <= 1:
+        raise ValueError(f"postprocess.{name}={iou}: expected a number in (0, 1], or null for no suppression")
 
 
 def _layer(predictions: Predictions, layer: int) -> tuple[Tensor, Tensor]:
@@ -107,10 +140,12 @@ def _layer(predictions: Predictions, layer: int) -> tuple[Tensor, Tensor]:
     return predictions.logits[layer], predictions.boxes[layer]
 
 
-def _to_pixels(boxes: Tensor, images: Images) -> Tensor:
-    """(B, N, 4) cx, cy, w, h in (0, 1) to corners in original pixels; not clipped to the image, as officially."""
+def _to_pixels(boxes: Tensor, images: Images, clip: bool = False) -> Tensor:
+    """(B, N, 4) cx, cy, w, h in (0, 1) to corners in original pixels; officially cut off at the edges only by some."""
     sizes = torch.tensor([(w, h, w, h) for h, w in images.original_sizes], dtype=boxes.dtype)
-    return to_xyxy(boxes) * sizes.to(boxes.device, non_blocking=True)[:, None]
+    sizes = sizes.to(boxes.device, non_blocking=True)[:, None]
+    boxes_xyxy = to_xyxy(boxes) * sizes
+    return torch.minimum(boxes_xyxy.clamp(min=0), sizes) if clip else boxes_xyxy
 
 
 def _nms(detections: Detections, iou: float | None) -> Detections:
@@ -118,3 +153,16 @@ def _nms(detections: Detections, iou: float | None) -> Detections:
         return detections
     kept = batched_nms(detections.boxes_xyxy, detections.scores, detections.labels, iou)
     return Detections(detections.scores[kept], detections.labels[kept], detections.boxes_xyxy[kept])
+
+
+def _soft_nms(scores: Tensor, labels: Tensor, boxes_xyxy: Tensor, iou: float) -> list[Detections]:
+    """(B, N) scores and labels, (B, N, 4) boxes to the detections that have any score left, best first."""
+    scores, order = soft_nms(boxes_xyxy, scores, labels, iou).sort(descending=True, stable=True)
+    labels, boxes_xyxy = labels.gather(1, order), boxes_xyxy.gather(1, order[..., None].expand(-1, -1, 4))
+    counts = (scores > 0).sum(-1).tolist()
+    found = zip(scores, labels, boxes_xyxy, counts, strict=True)
+    return [_first(Detections(s, n, b), count) for s, n, b, count in found]
+
+
+def _first(detections: Detections, count: int) -> Detections:
+    return Detections(detections.scores[:count], detections.labels[:count], detections.boxes_xyxy[:count])
