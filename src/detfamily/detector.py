@@ -8,6 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from detfamily.auxiliary.collaboration import Collaboration
+from detfamily.auxiliary.head import AuxiliaryHead
 from detfamily.blocks.decoder import Decoder
 from detfamily.blocks.denoising import Denoising
 from detfamily.blocks.heads import Heads
@@ -17,7 +19,7 @@ from detfamily.structures import Given, Images, Predictions, Targets, Tokens
 
 
 class Detector(nn.Module):
-    """Pixels -> backbone -> neck -> encoder -> queries -> (denoising) -> decoder -> heads.
+    """Pixels -> backbone -> neck -> encoder -> queries -> (denoising) -> decoder -> heads; auxiliary heads in training.
 
     Args:
         normalize: from uint8 pixels to the backbone's input.
@@ -33,6 +35,9 @@ class Detector(nn.Module):
         denoising: factory of what adds noised copies of the targets to the queries, in training; None for no copies.
         decoder: the decoder loop.
         heads: class and box heads of the decoder layers.
+        auxiliary: heads that read the encoder's output, too, in training (Co-DETR): what ``collaboration`` takes; None for
+            none.
+        collaboration: factory of what makes use of them.
 
     Raises:
         ValueError: blocks that contradict each other.
@@ -53,6 +58,8 @@ class Detector(nn.Module):
         denoising: Callable[..., Denoising] | None,
         decoder: Decoder,
         heads: Heads,
+        auxiliary: Callable[..., AuxiliaryHead] | Sequence[Callable[..., AuxiliaryHead]] | None = None,
+        collaboration: Callable[..., Collaboration] | None = None,
     ) -> None:
         super().__init__()
         self.normalize = normalize
@@ -76,21 +83,30 @@ class Detector(nn.Module):
             )
         self.decoder = decoder
         self.heads = heads
+        self.auxiliary = None
+        if auxiliary is not None and collaboration is not None:
+            self.auxiliary = collaboration(
+                heads=auxiliary,
+                strides=list(cast("Sequence[int]", backbone.strides)),
+                needs_pos=decoder.query_position.reads_pos,
+                reference_dim=query_source.reference_dim,
+            )
 
     def forward(self, images: Images, targets: Targets | None = None) -> dict[str, Predictions]:
         """What each group of queries says.
 
         Args:
             images: a batch; uint8 pixels are normalised here, float pixels are taken as normalised.
-            targets: its objects, for denoising in training; nothing else reads them.
+            targets: its objects, for denoising and auxiliary heads in training; nothing else reads them.
 
         Returns:
             "match": all decoder layers, (D, B, N, ...); with two stages also "proposals": tokens, (1, B, S or N, ...);
             in training, with one-to-many queries also "one_to_many", (D, B, N', ...), and with denoising "denoise": the
-            noised copies, (D, B, G * T, ...).
+            noised copies, (D, B, G * T, ...), and with auxiliary heads "auxiliary.NAME" of each: its positives,
+            (D, B, M, ...), and its own losses.
 
         Raises:
-            ValueError: denoising in training without targets.
+            ValueError: denoising or auxiliary heads in training without targets.
         """
         memory = self.encode(images)
         queries, proposals = self.query_source(memory, self.heads)
@@ -110,6 +126,12 @@ class Detector(nn.Module):
         }
         if proposals is not None:
             predictions["proposals"] = proposals
+        if self.auxiliary is not None and self.training:
+            if targets is None:
+                raise ValueError(
+                    "auxiliary heads need the targets in training: detector(images, targets), or detector.eval()"
+                )
+            predictions |= self.auxiliary(memory, images, targets, self.decoder, self.heads)
         return predictions
 
     def encode(self, images: Images) -> Tokens:

@@ -10,7 +10,7 @@ Conventions: batch first; boxes are cx, cy, w, h in (0, 1) over the un-padded im
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -186,14 +186,30 @@ class Given:
         matched: (B, N) bool, True where a query answers for an object.
         counted: (B, N) bool, True where a query takes part in the class loss; the others are no one's.
         copies: queries that answer for each object; losses are divided by it.
-        limit: objects of an image that are answered for, at most: the same in all batches of a step.
+        limit: objects of an image that are answered for, at most: the same in all batches of a step; None: all.
+        answered: () queries of a process that answer for an object, in the mean of all processes, where only the device
+            knows them; losses are divided by that number instead.
     """
 
     targets: Targets
     matched: Tensor
     counted: Tensor
-    copies: int
-    limit: int
+    copies: int = 1
+    limit: int | None = None
+    answered: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class OwnLoss:
+    """A loss that was computed where its predictions come from.
+
+    Attributes:
+        value: a scalar with a gradient, unweighted.
+        weight: against the other losses of its kind.
+    """
+
+    value: Tensor
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -204,11 +220,13 @@ class Predictions:
         logits: (D, B, N, K).
         boxes: (D, B, N, 4) cx, cy, w, h in (0, 1).
         given: what they are to answer; None where that is decided by matching.
+        losses: further ones by name ("rpn/class"), of the auxiliary head that the group belongs to.
     """
 
     logits: Tensor
     boxes: Tensor
     given: Given | None = None
+    losses: Mapping[str, OwnLoss] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

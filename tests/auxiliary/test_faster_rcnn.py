@@ -112,7 +112,7 @@ def test_what_it_detects_alone(batch: Callable[..., Batch]) -> None:
     with torch.no_grad():
         logits, deltas = head.rpn.predict(maps)
         anchors = head.rpn.anchors([(6, 8), (3, 4)], logits)
-        proposals = head.rpn.propose(logits, deltas, anchors, [(6, 8), (3, 4)], images, 20)
+        proposals = [one[:, :4] for one in head.rpn.propose(logits, deltas, anchors, [(6, 8), (3, 4)], images, 20)]
         assert len(proposals[0]) != len(proposals[1])
         found = head.detect(maps, images)
         for image, own in enumerate(proposals):

@@ -98,7 +98,8 @@ class RPN(nn.Module):
         logits, deltas = self.predict(maps)
         sample = self.sample(anchors, shapes, images, objects, draws)
         losses = self._losses(logits, deltas, anchors, sample, objects)
-        return losses, self.propose(logits, deltas, anchors, shapes, images, self.per_level)
+        proposals = self.propose(logits, deltas, anchors, shapes, images, self.per_level)
+        return losses, [one[:, :4] for one in proposals]
 
     @torch.no_grad()
     def detect(self, maps: Sequence[Tensor], images: Images) -> list[Tensor]:
@@ -110,7 +111,8 @@ class RPN(nn.Module):
         check_levels(maps, len(self.anchors.strides), "rpn")
         logits, deltas = self.predict(maps)
         shapes = shapes_of(maps)
-        return self.propose(logits, deltas, self.anchors(shapes, deltas), shapes, images, self.test_per_level)
+        proposals = self.propose(logits, deltas, self.anchors(shapes, deltas), shapes, images, self.test_per_level)
+        return [one[:, :4] for one in proposals]
 
     def predict(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Logits (B, N) and steps (B, N, 4) of the anchors."""
@@ -155,7 +157,7 @@ class RPN(nn.Module):
         images: Images,
         per_level: int,
     ) -> list[Tensor]:
-        """The best boxes (P, 4) of each image; anchors in the padding have a say, too, as officially."""
+        """The best boxes of each image, (P, 5) corners and score; anchors in the padding take part, as officially."""
         scores = logits.sigmoid()
         best, levels, start = [], [], 0
         for level, (height, width) in enumerate(shapes):
@@ -170,9 +172,9 @@ class RPN(nn.Module):
         proposals = []
         for own_boxes, own_scores in zip(boxes, scores.gather(1, index), strict=True):
             real = (own_boxes[:, 2:] > own_boxes[:, :2]).all(-1)
-            own_boxes = own_boxes[real]
-            kept = batched_nms(own_boxes, own_scores[real], level_of[real], self.nms_iou)
-            proposals.append(own_boxes[kept[: self.proposals]])
+            own_boxes, own_scores = own_boxes[real], own_scores[real]
+            kept = batched_nms(own_boxes, own_scores, level_of[real], self.nms_iou)[: self.proposals]
+            proposals.append(torch.cat([own_boxes[kept], own_scores[kept, None]], 1))
         return proposals
 
 

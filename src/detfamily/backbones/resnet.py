@@ -58,6 +58,7 @@ class ResNet(nn.Module):
         self.stages = tuple(stages)
         base = 64 if basic else 256
         self.channels = [base * 2 ** (stage - 2) for stage in stages]
+        self.strides = [2 ** (4 if dilation and stage == 5 else stage) for stage in stages]
         self._freeze(frozen_stages)
 
     def _freeze(self, frozen_stages: int) -> None:

@@ -30,6 +30,7 @@ class SmallBackbone(nn.Module):
         )
         self.stages = tuple(stages)
         self.channels = [widths[stage - 2] for stage in stages]
+        self.strides = [2**stage for stage in stages]
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> [(B, c, h, w)]"""

@@ -41,6 +41,7 @@ class StagedBackbone(nn.Module):
         self.patches = patches
         self.stages = nn.ModuleList(stages)
         self.channels = list(channels)
+        self.strides = _strides(stages)
         self.frozen_stages = frozen_stages
         self.gradient_checkpointing = gradient_checkpointing
         for module in self._frozen():
@@ -80,6 +81,17 @@ class StagedBackbone(nn.Module):
             if stage.merge is not None:
                 x = stage.merge(x)
         return maps
+
+
+def _strides(stages: Sequence[Stage]) -> list[int]:
+    """Pixels between neighbouring tokens of the maps that are given."""
+    strides, stride = [], PATCH
+    for stage in stages:
+        if stage.norm is not None:
+            strides.append(stride)
+        if stage.merge is not None:
+            stride *= 2
+    return strides
 
 
 class Stage(nn.Module):

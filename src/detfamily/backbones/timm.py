@@ -48,6 +48,7 @@ class TimmBackbone(nn.Module):
                 "backbone.pretrained=false to start from random weights"
             ) from error
         self.channels = [int(info.channels()[index]) for index in indices]
+        self.strides = [2**stage for stage in stages]
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> [(B, c, h, w)]"""

@@ -30,16 +30,27 @@ def iou_and_giou(boxes: Tensor, others: Tensor, eps: float = 0.0) -> tuple[Tenso
         IoU and GIoU, each with the broadcast shape without the last axis.
     """
     a, b = to_xyxy(boxes), to_xyxy(others)
-    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
+    intersection, union = _intersection_and_union(a, b)
     hull = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
+    iou = intersection / (union + eps)
+    hull_area = hull[..., 0] * hull[..., 1]
+    return iou, iou - (hull_area - union) / (hull_area + eps)
+
+
+def iou_of(boxes: Tensor, others: Tensor, least: float = 1e-6) -> Tensor:
+    """Overlap of broadcast boxes cx, cy, w, h (..., 4), whose union counts as ``least`` at least (mmdet's form)."""
+    intersection, union = _intersection_and_union(to_xyxy(boxes), to_xyxy(others))
+    return intersection / union.clamp(min=least)
+
+
+def _intersection_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Areas, of corners (..., 4)."""
+    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
     # areas from the corners, as everywhere in the field, so that rounding agrees
     area_a = (a[..., 2] - a[..., 0]) * (a[..., 3] - a[..., 1])
     area_b = (b[..., 2] - b[..., 0]) * (b[..., 3] - b[..., 1])
     intersection = overlap[..., 0] * overlap[..., 1]
-    union = area_a + area_b - intersection
-    iou = intersection / (union + eps)
-    hull_area = hull[..., 0] * hull[..., 1]
-    return iou, iou - (hull_area - union) / (hull_area + eps)
+    return intersection, area_a + area_b - intersection
 
 
 def inverse_sigmoid(x: Tensor, eps: float) -> Tensor:

@@ -25,20 +25,28 @@ class ChannelMapper(nn.Module):
         embed_dim: the width C.
         num_levels: levels to give, at least as many as maps.
         num_groups: groups of the GroupNorm after each convolution; None for no norm.
+        bias: of the convolutions; mmdet has none in front of a norm.
 
     Raises:
         ValueError: fewer levels than maps; num_groups does not divide embed_dim.
     """
 
-    def __init__(self, in_channels: Sequence[int], embed_dim: int, num_levels: int, num_groups: int | None) -> None:
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        embed_dim: int,
+        num_levels: int,
+        num_groups: int | None,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
         _check_levels(in_channels, num_levels)
         if num_groups is not None and embed_dim % num_groups:
             raise ValueError(f"neck.num_groups={num_groups} does not divide embed_dim={embed_dim}")
         extra = num_levels - len(in_channels)
-        convs = [nn.Conv2d(channels, embed_dim, 1) for channels in in_channels]
+        convs = [nn.Conv2d(channels, embed_dim, 1, bias=bias) for channels in in_channels]
         sources = [in_channels[-1], *[embed_dim] * (extra - 1)][:extra]
-        convs += [nn.Conv2d(channels, embed_dim, 3, stride=2, padding=1) for channels in sources]
+        convs += [nn.Conv2d(channels, embed_dim, 3, stride=2, padding=1, bias=bias) for channels in sources]
         self.num_maps = len(in_channels)
         self.levels = nn.ModuleList(
             nn.Sequential(conv, nn.GroupNorm(num_groups, embed_dim) if num_groups is not None else nn.Identity())

@@ -27,7 +27,7 @@ from detfamily.errors import ConfigError, nearest
 PRESETS = ("family", "experiment", "local")
 """Groups whose choices only set what others declare: a field that they would add is a typo."""
 
-LISTS = ("encoder_attention",)
+LISTS = ("auxiliary", "encoder_attention")
 """Groups of which a list may be chosen, ``group=[a,b,a]``: the config then holds a list of their choices."""
 
 
@@ -38,6 +38,8 @@ class _Part(NamedTuple):
     """Inside the configs folder, without the suffix."""
     body: dict[str, Any]
     """What it says, where it says it."""
+    parent: str
+    """The path of the file whose defaults list chose it."""
 
     @property
     def preset(self) -> bool:
@@ -116,6 +118,11 @@ def _compose_groups(
     Kept for as long as the files stay in the given state: ablations mostly differ in fields, not in choices.
     """
     parts = _parts(folder, config_name, chosen)
+    for group, names in _listed(parts).items():
+        alone = [_compose_groups(folder, config_name, (*chosen, f"{group}='{name}'"), state) for name in names]
+        cfg = copy.deepcopy(alone[0][0])
+        OmegaConf.update(cfg, group, [as_written(one[group]) for one, _ in alone], merge=False)
+        return cfg, alone[0][1]
     first = next((index for index, part in enumerate(parts) if part.preset), len(parts))
     common = _merge(OmegaConf.create(), parts[:first])
     cfg = _merge(copy.deepcopy(common), parts[first:])
@@ -142,8 +149,18 @@ def _parts(folder: Path, config_name: str, chosen: Sequence[str]) -> list[_Part]
         path = str(one.config_path)
         if not path.startswith("hydra/"):
             body = {key: value for key, value in read_yaml(folder / f"{path}.yaml").items() if key != "defaults"}
-            parts.append(_Part(path, nested(one.package or "", body)))
+            parts.append(_Part(path, nested(one.package or "", body), str(one.parent)))
     return parts
+
+
+def _listed(parts: Sequence[_Part]) -> dict[str, list[str]]:
+    """Groups of which a defaults list chooses several, with the choices: as ``group=[a,b]`` on a command line does."""
+    chosen: dict[str, list[str]] = {}
+    for part in parts:
+        group, _, name = part.path.rpartition("/")
+        if group in LISTS and not part.parent.startswith(f"{group}/"):
+            chosen.setdefault(group, []).append(name)
+    return {group: names for group, names in chosen.items() if len(names) > 1}
 
 
 def _placed(line: str, config_name: str, folder: Path) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from detfamily.criterion.losses import Normalizer
 from detfamily.criterion.matcher import Assignment, Matcher, assign
-from detfamily.criterion.rules import Rule
+from detfamily.criterion.rules import Known, Rule
 from detfamily.errors import nearest
 from detfamily.structures import Predictions, Targets
 
@@ -24,7 +24,8 @@ class Losses:
 
     Attributes:
         total: weighted sum, a scalar with a gradient.
-        parts: unweighted scalars on the device, without a gradient, named "group/layer/loss": "match/5/giou".
+        parts: unweighted scalars on the device, without a gradient, named "group/layer/loss": "match/5/giou", and those
+            of auxiliary heads, "auxiliary.atss/head/giou".
         assignments: by group.
         ride: what travelled to the host with the matching's copy, if anything did.
     """
@@ -117,15 +118,21 @@ class Criterion(nn.Module):
                 total = total + weight * values.sum() if weight else total
                 for layer, value in enumerate(values.detach(), start=first):
                     parts[f"{name}/{layer}/{loss_name}"] = value
+            for loss_name, own in group.losses.items():
+                assert isinstance(rule, Known)
+                total = total + rule.own_weight * own.weight * own.value
+                parts[f"{name}/{loss_name}"] = own.value.detach()
         return Losses(total, parts, assignments, rode)
 
     def _layers(self, group: Predictions) -> Predictions:
         return group if self.aux_loss else replace(group, logits=group.logits[-1:], boxes=group.boxes[-1:])
 
     def _rule(self, name: str) -> Rule:
-        if name not in self.groups:
+        """That of a group; "auxiliary.atss" has that of "auxiliary"."""
+        kind = name.partition(".")[0]
+        if kind not in self.groups:
             raise ValueError(f"the detector predicts a group {name!r}, and criterion.groups has only {[*self.groups]}")
-        return self.groups[name]
+        return self.groups[kind]
 
 
 def _own(group: Predictions) -> Assignment:

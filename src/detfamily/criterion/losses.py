@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detfamily.blocks.boxes import iou_and_giou
+from detfamily.blocks.boxes import iou_and_giou, iou_of
 from detfamily.criterion.matcher import Assignment
 from detfamily.structures import Predictions, Targets
 
@@ -25,14 +25,18 @@ class Normalizer:
         counts: (I,) float, the number of objects of every image of the step: all ranks, all micro-batches.
         world_size: processes whose gradients are averaged.
         copies: queries that answer for each object.
+        answered: () queries that answer for an object per process, where they are not known by the counts.
     """
 
     counts: Tensor
     world_size: int = 1
     copies: int = 1
+    answered: Tensor | None = None
 
     def num_boxes(self) -> Tensor:
         """Objects that are answered for per process, 1 of them at least."""
+        if self.answered is not None:
+            return self.answered.clamp(min=1)
         return (self.counts.sum() / self.world_size).clamp(min=1) * self.copies
 
     def num_matched(self, group: Predictions) -> tuple[Tensor, Tensor]:
@@ -102,6 +106,34 @@ class FocalClassLoss(nn.Module):
 
     def _negative(self, logits: Tensor) -> Tensor:
         return (1 - self.alpha) * logits.sigmoid() ** self.gamma * F.softplus(logits)
+
+
+class QualityFocalClassLoss(nn.Module):
+    """Cross entropy to the overlap that a query's box has, weighted by how far it is off (arXiv 2006.04388, eq. 5).
+
+    The column of the target's class is to say the IoU of box and target, all others are to say 0.
+
+    Args:
+        beta: power of the distance.
+    """
+
+    def __init__(self, beta: float = 2.0) -> None:
+        super().__init__()
+        self.beta = beta
+
+    def forward(
+        self, predictions: Predictions, targets: Targets, assignment: Assignment, normalizer: Normalizer
+    ) -> Tensor:
+        """(D,)"""
+        total = _counted(self._negative(predictions.logits).sum(3), predictions).sum((1, 2))
+        logits = _of_targets(predictions.logits, targets, assignment)
+        quality = iou_of(assignment.gather(predictions.boxes).detach(), targets.boxes).to(logits.dtype)
+        wrong = F.binary_cross_entropy_with_logits(logits, quality.expand_as(logits), reduction="none")
+        positive = wrong * (quality - logits.sigmoid()).abs() ** self.beta
+        return (total + _sum(positive - self._negative(logits), assignment)) / normalizer.num_boxes()
+
+    def _negative(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid() ** self.beta * F.softplus(logits)
 
 
 class L1Loss(nn.Module):

@@ -51,11 +51,13 @@ class Known:
     Args:
         weight: of this group's losses in the total.
         left_out: losses that this group goes without.
+        own_weight: of losses that come with the predictions.
     """
 
-    def __init__(self, weight: float = 1.0, left_out: Sequence[str] = ()) -> None:
+    def __init__(self, weight: float = 1.0, left_out: Sequence[str] = (), own_weight: float = 1.0) -> None:
         self.weight = weight
         self.left_out = tuple(left_out)
+        self.own_weight = own_weight
 
     def targets(self, targets: Targets, predictions: Predictions) -> Targets:
         """What this group is trained on: one target for each query."""
@@ -66,7 +68,29 @@ class Known:
         """What this group's losses are divided by: objects are counted as often as they are answered for."""
         given = predictions.given
         assert given is not None
-        return replace(normalizer, counts=normalizer.counts.clamp(max=given.limit), copies=given.copies)
+        if given.answered is not None:
+            return replace(normalizer, answered=given.answered)
+        counts = normalizer.counts if given.limit is None else normalizer.counts.clamp(max=given.limit)
+        return replace(normalizer, counts=counts, copies=given.copies)
+
+
+class Collaborative(Known):
+    """Positives of an auxiliary head as queries, and the losses of that head itself (Co-DETR, arXiv 2211.12860, eq. 5).
+
+    Args:
+        lambda_1: weight of the queries' losses.
+        lambda_2: weight of the head's own losses, for each decoder layer.
+        num_layers: decoder layers.
+
+    Raises:
+        ValueError: a weight is negative.
+    """
+
+    def __init__(self, lambda_1: float = 1.0, lambda_2: float = 2.0, num_layers: int = 6) -> None:
+        for name, value in (("lambda_1", lambda_1), ("lambda_2", lambda_2)):
+            if value < 0:
+                raise ValueError(f"criterion.groups.auxiliary.{name}={value}: expected 0 or more")
+        super().__init__(weight=lambda_1, own_weight=lambda_2 * num_layers)
 
 
 Rule = Hungarian | Known

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
+from detfamily.auxiliary.branch import Branch
 from detfamily.build import build_detector, build_postprocess
 from detfamily.config import build, compose, configs_dir, groups, to_container, validate
 from detfamily.data.batches import collate
 from detfamily.data.labels import LabelMap
 from detfamily.data.loader import Loader, validation_loader
+from detfamily.detector import Detector
 from detfamily.engine.checkpoint import load_model, load_weights
 from detfamily.engine.collapse import QuerySpread
 from detfamily.engine.distributed import World, join
@@ -61,9 +64,10 @@ class Evaluation:
     query_spread: float
 
     def numbers(self) -> dict[str, float]:
-        """The twelve numbers, "AP/name" of each class that has objects, and the spread of the queries."""
+        """The twelve numbers, "AP/name" of each class that has objects, and the spread of the queries that answer."""
         per_class = {f"AP/{name}": value for name, value in self.metrics.per_class.items() if value >= 0}
-        return {**self.metrics.stats, **per_class, "query_spread": self.query_spread}
+        spread = {} if math.isnan(self.query_spread) else {"query_spread": self.query_spread}
+        return {**self.metrics.stats, **per_class, **spread}
 
     def table(self) -> str:
         return f"{self.metrics.table()}\n(evaluated in batches of {self.batch_size})"
@@ -87,6 +91,8 @@ def detect(
     """Detections of a batch, in pixels of the original images, on the model's device; ``spread`` sees the boxes."""
     with runtime.autocast():
         predictions = model(images)
+    if isinstance(model, Branch):
+        return cast("list[Detections]", predictions)
     if spread is not None:
         spread.update(predictions["match"])
     found: list[Detections] = postprocess(predictions, images)
@@ -251,9 +257,9 @@ def _evaluate_checkpoint(path: Path, output_dir: str | None, overrides: Sequence
     with join(runtime.device_type) as world:
         with world.main_first():
             data = build(cfg.data)
-        model = build_detector(cfg, label_map.num_classes, pretrained=False)
-        load_weights(model, loaded.weights, path)
-        model.to(runtime.torch_device(world.local_rank))
+        branch = cfg.evaluation.get("branch")  # files of before have none
+        detector = restore_detector(cfg, label_map.num_classes, loaded.weights, path, branch)
+        model = answering(detector, branch).to(runtime.torch_device(world.local_rank))
         size = evaluation_batch_size(cfg, world)
         dataset = data.validation(build(cfg.augmentation.test))
         rows = [
@@ -283,6 +289,34 @@ def _evaluate_checkpoint(path: Path, output_dir: str | None, overrides: Sequence
             files = evaluation.write(folder)
             world.say(f"{evaluation.table()}\nresults in {files[0]}, numbers in {files[1]}")
         return evaluation.numbers()
+
+
+def restore_detector(
+    cfg: DictConfig, num_classes: int, weights: Mapping[str, Tensor], source: str | Path, branch: str | None = None
+) -> Detector:
+    """A detector as its training left it, but for auxiliary heads, unless one of them is to answer.
+
+    Args:
+        cfg: that of its training; auxiliary heads are taken from it.
+        num_classes: columns of the class head.
+        weights: its state dict.
+        source: the checkpoint, for messages.
+        branch: the auxiliary head that is to answer; None for the decoder.
+
+    Raises:
+        CheckpointError: the weights do not fit.
+    """
+    if branch is None and cfg.get("auxiliary") is not None:
+        cfg.auxiliary = None
+        weights = {name: one for name, one in weights.items() if not name.startswith("auxiliary.")}
+    detector = build_detector(cfg, num_classes, pretrained=False)
+    load_weights(detector, weights, source)
+    return detector
+
+
+def answering(detector: Detector, branch: str | None) -> nn.Module:
+    """What is evaluated: the detector, or one of its auxiliary heads."""
+    return detector if branch is None else Branch(detector, branch)
 
 
 def _evaluate_file(results: Path, output_dir: str | None, overrides: Sequence[str]) -> dict[str, float]:

@@ -33,6 +33,7 @@ from detfamily.engine.diagnosis import NOTHING, StepRecord, diagnose, tensors
 from detfamily.engine.distributed import World, join
 from detfamily.engine.evaluate import (
     Evaluation,
+    answering,
     draw_examples,
     evaluate_model,
     evaluation_batch_size,
@@ -662,7 +663,7 @@ class DetectorTrainer(Trainer):
 
     def measure(self) -> Evaluation | None:
         found = evaluate_model(
-            self.evaluated,
+            answering(cast("Detector", self.evaluated), self.cfg.evaluation.branch),
             self.val_loader,
             self.postprocess,
             new_evaluator(self.cfg, self.data, self.data.label_map),
@@ -697,7 +698,7 @@ class DetectorTrainer(Trainer):
         names = dict(enumerate(self.data.label_map.name(i) for i in range(self.data.label_map.num_classes)))
         path = folder / "predictions.png"
         draw_examples(
-            self.evaluated,
+            answering(cast("Detector", self.evaluated), self.cfg.evaluation.branch),
             self.val_set,
             self.postprocess,
             names,

@@ -32,12 +32,18 @@ OFFICIAL_LOSS = {"class": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou"}
 
 
 class StoredFeatures(nn.Module):
-    """In the place of a backbone: the maps that the case stores."""
+    """In the place of a backbone: the maps that the case stores.
 
-    def __init__(self, maps: Sequence[Tensor]) -> None:
+    Args:
+        maps: (B, c, h, w), finest first.
+        strides: pixels between their cells; only auxiliary heads need them.
+    """
+
+    def __init__(self, maps: Sequence[Tensor], strides: Sequence[int] = ()) -> None:
         super().__init__()
         self.maps = list(maps)
         self.channels = [one.shape[1] for one in maps]
+        self.strides = list(strides)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         return self.maps
@@ -83,7 +89,7 @@ def results(case: Case, overrides: Sequence[str]) -> dict[str, Tensor]:
     ours |= _outputs(evaluated, "eval.out.")
     ours |= _of_targets(case, setup, evaluated, _targets(case, "", len(setup.images)), "eval.")
     answers_seen = setup.detector.denoising is not None and not setup.detector.denoising.own_group
-    ours |= _detections(case, setup, predictions if answers_seen else evaluated)
+    ours |= detections(setup.postprocess, predictions if answers_seen else evaluated, setup.images)
     for prefix in sorted({key[: key.index("train.")] for key in case.io if re.search(r"(^|\.)train\.", key)}):
         setup.detector.load_state_dict(initial)
         ours |= _training(case, setup, prefix)
@@ -286,13 +292,16 @@ def _outputs(predictions: dict[str, Predictions], prefix: str) -> dict[str, Tens
     return ours
 
 
-def _detections(case: Case, setup: Setup, predictions: dict[str, Predictions]) -> dict[str, Tensor]:
+def detections(
+    postprocess: nn.Module, predictions: dict[str, Predictions], images: Images, place: str = "post"
+) -> dict[str, Tensor]:
+    """What is found, under the keys of the official results."""
     ours: dict[str, Tensor] = {}
-    for image, found in enumerate(setup.postprocess(predictions, setup.images)):
+    for image, found in enumerate(postprocess(predictions, images)):
         ours |= {
-            f"post.{image}.scores": found.scores.detach(),
-            f"post.{image}.labels": found.labels,
-            f"post.{image}.boxes": found.boxes_xyxy.detach(),
+            f"{place}.{image}.scores": found.scores.detach(),
+            f"{place}.{image}.labels": found.labels,
+            f"{place}.{image}.boxes": found.boxes_xyxy.detach(),
         }
     return ours
 

@@ -11,13 +11,13 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from detfamily.build import build_detector, build_postprocess
+from detfamily.build import build_postprocess
 from detfamily.config import build, validate
 from detfamily.data.labels import LabelMap
 from detfamily.data.transforms import Sample, Transform
 from detfamily.detector import Detector
-from detfamily.engine.checkpoint import load_model, load_weights
-from detfamily.engine.evaluate import on_top_of
+from detfamily.engine.checkpoint import load_model
+from detfamily.engine.evaluate import on_top_of, restore_detector
 from detfamily.engine.runtime import Runtime
 from detfamily.errors import ConfigError
 
@@ -53,8 +53,7 @@ def restore(checkpoint: str | Path, device: str | torch.device | None, overrides
     runtime: Runtime = build(cfg.runtime)
     place = device_of(device)
     label_map = LabelMap.from_state_dict(stored.label_map)
-    detector = build_detector(cfg, label_map.num_classes, pretrained=False)
-    load_weights(detector, stored.weights, checkpoint)
+    detector = restore_detector(cfg, label_map.num_classes, stored.weights, checkpoint)
     return Restored(
         cfg=cfg,
         detector=detector,
