@@ -35,8 +35,8 @@ class Detector(nn.Module):
         denoising: factory of what adds noised copies of the targets to the queries, in training; None for no copies.
         decoder: the decoder loop.
         heads: class and box heads of the decoder layers.
-        auxiliary: heads that read the encoder's output, too, in training (Co-DETR): what ``collaboration`` takes; None for
-            none.
+        auxiliary: heads that read the encoder's output, too, in training (Co-DETR): what ``collaboration`` takes; or
+            None.
         collaboration: factory of what makes use of them.
 
     Raises:

@@ -28,6 +28,19 @@ def test_interpolations_follow_a_value_that_is_set_later(composed):
     assert cfg.encoder.layer.width == 8
 
 
+def test_a_preset_chooses_a_list_as_a_command_line_does():
+    family = compose("train", ["family=co_dino"])
+    typed = compose("train", ["family=co_dino", "auxiliary=[faster_rcnn,atss]"])
+    assert as_written(family) == as_written(typed) and len(family.auxiliary) == 2
+    assert family.auxiliary[0].roi._target_ != family.auxiliary[1]._target_
+    other = compose("train", ["family=co_dino", "auxiliary=[atss,atss,faster_rcnn]", "auxiliary.1.depth=3"])
+    assert [one.get("depth") for one in other.auxiliary] == [1, 3, None]
+    assert compose("train", ["family=co_dino", "auxiliary=none"]).auxiliary is None
+    assert compose("train", ["family=co_dino", "auxiliary=atss"]).auxiliary.depth == 1
+    with pytest.raises(ConfigError, match="auxiliary is a list of 2"):
+        compose("train", ["family=co_dino", "auxiliary.depth=2"])
+
+
 def test_a_missing_value_says_what_to_pass(refusal):
     assert refusal(data=False) == "data.root is missing: pass data.root=..."
 

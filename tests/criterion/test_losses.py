@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
 from detfamily.criterion import Normalizer
-from detfamily.criterion.losses import FocalClassLoss
+from detfamily.criterion.losses import FocalClassLoss, QualityFocalClassLoss
 from detfamily.criterion.matcher import Assignment
-from detfamily.criterion.rules import Hungarian, Known
+from detfamily.criterion.rules import Collaborative, Hungarian, Known
 from detfamily.structures import Given, Predictions, Targets
 
 
@@ -86,3 +89,52 @@ def test_focal_loss_of_extreme_logits_is_finite_and_so_is_its_gradient() -> None
         assert gradient.isfinite().all()
         # the matched query at 200 and the other at -200 are right; the other way round both are wrong by 200
         assert float(loss.detach()) == pytest.approx((0.25 + 0.75) * 200 if query == 0 else 0.0)
+
+
+def overlap(a: list[float], b: list[float]) -> float:
+    sides = []
+    for axis in (0, 1):
+        low = max(a[axis] - a[axis + 2] / 2, b[axis] - b[axis + 2] / 2)
+        high = min(a[axis] + a[axis + 2] / 2, b[axis] + b[axis + 2] / 2)
+        sides.append(max(0.0, high - low))
+    both = sides[0] * sides[1]
+    return both / (a[2] * a[3] + b[2] * b[3] - both)
+
+
+def test_quality_focal_loss_is_that_of_a_loop_over_queries_and_classes() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 2, 5, 3, dtype=torch.float64, requires_grad=True)
+    boxes = (0.2 + 0.5 * torch.rand(2, 2, 5, 4, dtype=torch.float64)).requires_grad_()
+    targets = Targets.from_lists(
+        [torch.tensor([2, 0]), torch.tensor([1])], [0.3 + 0.3 * torch.rand(n, 4, dtype=torch.float64) for n in (2, 1)]
+    )
+    query = torch.tensor([[[3, 1], [4, 0]], [[0, 2], [2, 0]]])
+    matched = torch.tensor([[True, True], [True, False]]).expand(2, -1, -1)
+    predictions = Predictions(logits, boxes)
+    normalizer = Normalizer(torch.tensor([2.0, 1.0]))
+    found = QualityFocalClassLoss(beta=1.5)(predictions, targets, Assignment(query, matched), normalizer)
+    for layer in range(2):
+        total = 0.0
+        for image in range(2):
+            for q in range(5):
+                wanted = [0.0, 0.0, 0.0]
+                for slot in range(2):
+                    if matched[layer, image, slot] and query[layer, image, slot] == q:
+                        quality = overlap(boxes[layer, image, q].tolist(), targets.boxes[image, slot].tolist())
+                        wanted[int(targets.labels[image, slot])] = quality
+                for column, goal in enumerate(wanted):
+                    p = 1 / (1 + math.exp(-float(logits[layer, image, q, column])))
+                    entropy = -(goal * math.log(p) + (1 - goal) * math.log(1 - p))
+                    total += entropy * abs(goal - p) ** 1.5
+        assert float(found[layer]) == pytest.approx(total / 3, rel=1e-9)
+    found.sum().backward()
+    assert boxes.grad is None and logits.grad is not None and logits.grad.isfinite().all()
+
+
+def test_positives_of_auxiliary_heads_are_divided_by_themselves() -> None:
+    counts = torch.tensor([3.0, 0.0, 12.0, 1.0])
+    for answered, divisor in ((7.5, 7.5), (0.0, 1.0)):
+        given = replace(copies(1), answered=torch.tensor(answered), limit=None)
+        assert float(Collaborative().normalizer(Normalizer(counts), ten_queries(given)).num_boxes()) == divisor
+    assert Collaborative(lambda_1=0.5, lambda_2=3.0, num_layers=4).own_weight == 12.0
+    assert Collaborative(lambda_1=0.5).weight == 0.5

@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
+from multiprocessing import active_children
 
 import numpy as np
 import pytest
@@ -178,6 +179,18 @@ def test_workers_use_one_thread_and_seeded_global_generators() -> None:
     assert same(first, again)
     other = [batch.images.pixels for batch in train_loader(GlobalDraws(8), 2, 2, seed=8)]
     assert not same(first, other)
+
+
+def test_a_closed_loader_leaves_no_process_behind() -> None:
+    before = set(active_children())
+    loader = train_loader(Numbers(8), 2, 2, seed=0)
+    assert len(ids(loader)) == 8
+    workers = set(active_children()) - before
+    assert len(workers) == 2
+    holder = [loader]
+    holder.append(holder)  # type: ignore[arg-type]  # as in a trainer, which knows itself: only the collector frees it
+    loader.close()
+    assert not any(worker.is_alive() for worker in workers) and ids(loader) == []
 
 
 def test_the_global_generator_of_the_process_is_left_alone() -> None:

@@ -15,6 +15,7 @@ from detfamily.engine.distributed import World
 from detfamily.engine.evaluate import by_name, evaluate, on_top_of, split_overrides
 from detfamily.engine.train import train
 from detfamily.errors import CheckpointError, ConfigError, DataError
+from detfamily.predict import load
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,47 @@ def test_by_default_results_go_beside_the_checkpoint_and_overwrite_nothing(run, 
     folders = [path.name for path in run.iterdir() if path.is_dir()]
     assert len(folders) == 1 and re.fullmatch(r"evaluate-best-\d{8}-\d{6}", folders[0])
     assert {path.name for path in (run / folders[0]).iterdir()} == {"metrics.json", "results_val.json"}
+
+
+@pytest.fixture(scope="module")
+def run_with_heads(tiny, tmp_path_factory):
+    """The folder of a trained run with two auxiliary heads."""
+    folder = tmp_path_factory.mktemp("heads") / "toy"
+    few = ["auxiliary.0.rpn.proposals=20", "auxiliary.0.roi.hidden_dim=8", "auxiliary.0.roi.sampler.count=16"]
+    cfg = compose("train", [*tiny, "auxiliary=[faster_rcnn,atss]", "model.anchor_scale=0.5", *few])
+    cfg.output_dir, cfg.schedule.epochs, cfg.evaluation.pictures = str(folder), 1, 0
+    with contextlib.redirect_stdout(io.StringIO()):
+        train(cfg)
+    return folder
+
+
+def test_auxiliary_heads_are_left_aside(run_with_heads, tmp_path, capsys):
+    stored = checkpoint.load(run_with_heads / "last.pt")
+    assert any(name.startswith("auxiliary.heads.atss.") for name in stored["model"])
+    numbers = evaluate([f"checkpoint={run_with_heads / 'last.pt'}", f"output_dir={tmp_path}"])
+    trained = numbers_of(run_with_heads)
+    assert numbers == {name: value for name, value in trained.items() if name != "batch_size"}
+    heads = sum(one.numel() for name, one in stored["model"].items() if name.startswith("auxiliary."))
+    assert heads > 10000
+    detector = load(run_with_heads / "last.pt", device="cpu").detector
+    assert detector.auxiliary is None and not any("auxiliary" in name for name, _ in detector.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["atss", "faster_rcnn"])
+def test_an_auxiliary_head_answers_instead_of_the_decoder(run_with_heads, tmp_path, capsys, name):
+    file = run_with_heads / "last.pt"
+    numbers = evaluate([f"checkpoint={file}", f"output_dir={tmp_path}", f"evaluation.branch={name}"])
+    assert "AP" in numbers and "query_spread" not in numbers
+    own = json.loads((tmp_path / "results_val.json").read_text())
+    decoders = json.loads((run_with_heads / "results_val.json").read_text())
+    assert own and [row["bbox"] for row in own] != [row["bbox"] for row in decoders]
+
+
+def test_a_branch_that_is_not_there_is_refused_by_name(run, run_with_heads, tmp_path):
+    with pytest.raises(ConfigError, match="evaluation.branch=ats is no auxiliary head.*'atss'"):
+        evaluate([f"checkpoint={run_with_heads / 'last.pt'}", f"output_dir={tmp_path}", "evaluation.branch=ats"])
+    with pytest.raises(ConfigError, match="wants an auxiliary head, and this model has none"):
+        evaluate([f"checkpoint={run / 'last.pt'}", f"output_dir={tmp_path}", "evaluation.branch=atss"])
 
 
 def test_a_results_file_is_evaluated_without_a_model(run, tiny, tmp_path, capsys):

@@ -242,6 +242,8 @@ class Trainer:
             completed = True
             return numbers
         finally:
+            self.train_loader.close()
+            self.val_loader.close()
             self.trackers.finish(completed)
 
     def train_epoch(self) -> dict[str, float]:

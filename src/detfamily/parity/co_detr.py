@@ -14,7 +14,7 @@ from detfamily.auxiliary.atss import centerness_of
 from detfamily.auxiliary.collaboration import Collaboration, PositiveEmbedding
 from detfamily.auxiliary.samplers import RandomSampler, Sample
 from detfamily.auxiliary.structures import BACKGROUND, IGNORED, Objects, Positives, shapes_of
-from detfamily.blocks.denoising import Draws
+from detfamily.blocks.denoising import Denoising, Draws
 from detfamily.build import build_criterion, build_detector, build_postprocess
 from detfamily.checkpoints.adapter import Adapter
 from detfamily.checkpoints.co_detr import adapter
@@ -24,6 +24,7 @@ from detfamily.criterion.criterion import Losses
 from detfamily.criterion.matcher import pairs
 from detfamily.criterion.rules import Known
 from detfamily.detector import Detector
+from detfamily.parity import contrastive
 from detfamily.parity.case import Case
 from detfamily.parity.denoising import StoredDraws
 from detfamily.parity.detection import StoredFeatures, detections
@@ -158,13 +159,15 @@ def _training(case: Case, setup: Setup) -> dict[str, Tensor]:
     detector, batch = setup.detector.train(), range(len(setup.images))
     labels, boxes = ([case.io[f"targets.{image}.{what}"] for image in batch] for what in ("labels", "boxes"))
     targets = Targets.from_lists(labels, boxes)
+    ours: dict[str, Tensor] = {}
     if detector.denoising is not None:
         detector.denoising.draws = _noise(case)
+        ours = _of_denoising(detector.denoising, targets, detector.query_source.num_queries)
     auxiliary = cast("Collaboration", detector.auxiliary)
     auxiliary.draws = _draws(case, auxiliary)
     predictions = detector(setup.images, targets)
     losses = setup.criterion(predictions, targets)
-    ours = _outputs(predictions) | _losses(setup.criterion, predictions, losses)
+    ours |= _outputs(predictions) | _losses(setup.criterion, predictions, losses)
     ours |= _matches(losses, targets) | _of_queries(predictions, auxiliary)
     losses.total.backward()
     named = {name: one.grad for name, one in detector.named_parameters() if one.grad is not None}
@@ -179,6 +182,18 @@ def _noise(case: Case) -> Draws:
     """None are stored where there was nothing to copy."""
     names = ("00.rand_like", "01.randint_like", "03.rand_like", "02.randint_like")
     return cast("Draws", StoredDraws(*(case.io.get(f"rng.{name}") for name in names)))
+
+
+def _of_denoising(denoising: Denoising, targets: Targets, num_queries: int) -> dict[str, Tensor]:
+    names = {
+        "label_query": "input_query_label",
+        "bbox_query": "input_query_bbox",
+        "attn_mask": "attn_mask",
+        "pad_size": "pad_size",
+        "num_groups": "num_dn_group",
+    }
+    made = contrastive.results(denoising, "", targets, num_queries)
+    return {f"dn.{name}": made[f"cdn.{theirs}"] for name, theirs in names.items()}
 
 
 def _draws(case: Case, auxiliary: Collaboration) -> OfficialDraws:
@@ -282,12 +297,20 @@ def _of_heads(case: Case, setup: Setup, auxiliary: Collaboration, targets: Targe
     for index, (name, one) in enumerate(found.items()):
         positives = auxiliary.choose(one.candidates, objects, images, auxiliary.draws)
         ours |= _of_positives(f"auxq.{index}.", positives, case.info["num_classes"])
+        for image in range(len(images)) if name == "atss" else ():
+            own = ours[f"auxq.{index}.src_index.{image}"]
+            ours[f"auxq.{index}.src_index.{image}"] = _as_told(own, ours[f"atss.{image}.valid"])
         assert auxiliary.queries is not None
         queries = cast("PositiveEmbedding", auxiliary.queries[name])(positives, auxiliary.reference_dim)
         ours[f"auxq.{index}.query"] = queries.content
         hidden, _ = detector.decoder(queries, memory, detector.heads)
         ours |= {f"auxq.{index}.decoder.{layer}": one for layer, one in enumerate(hidden)}
     return ours
+
+
+def _as_told(index: Tensor, valid: Tensor) -> Tensor:
+    """The cases tell anchors by their boxes, of which those in the padding have none, so all are the first one."""
+    return torch.where(valid[index], index, (~valid).int().argmax())
 
 
 def _of_rpn(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from detfamily.parity import co_detr
-from detfamily.parity.case import Case
+from detfamily.parity.case import Case, role_of
 
 
 def results(case: Case) -> dict[str, Tensor]:
@@ -14,9 +14,9 @@ def results(case: Case) -> dict[str, Tensor]:
 
 
 def expected(case: Case) -> dict[str, tuple[Tensor, str]]:
-    """Samples are made of the stored draws, so they are to be compared, too."""
-    # the case tells anchors by their boxes, which are the same for all in the padding, so these may be others
-    return {key: (value, "match") for key, value in case.io.items() if key.startswith("rpn.") and key.endswith("_inds")}
+    """Samples and noised copies are made of the stored draws, so they are to be compared, too."""
+    given = {key: value for key, value in case.io.items() if role_of(key, case.folder) == "given"}
+    return {key: (value, "output" if value.is_floating_point() else "match") for key, value in given.items()}
 
 
 def overrides(case: Case) -> list[str]:
