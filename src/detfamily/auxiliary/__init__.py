@@ -13,6 +13,7 @@ from detfamily.auxiliary.faster_rcnn import FasterRCNN
 from detfamily.auxiliary.fcos import FCOS
 from detfamily.auxiliary.gfl import GFL
 from detfamily.auxiliary.head import AuxiliaryHead
+from detfamily.auxiliary.paa import PAA
 from detfamily.auxiliary.positives import PositiveQueries
 from detfamily.auxiliary.retinanet import RetinaNet
 from detfamily.auxiliary.structures import Auxiliary, Candidates, Objects, Positives
@@ -21,6 +22,7 @@ __all__ = [
     "ATSS",
     "FCOS",
     "GFL",
+    "PAA",
     "Auxiliary",
     "AuxiliaryHead",
     "Candidates",
