@@ -25,7 +25,7 @@ def test_fields_are_set_added_and_removed(composed):
 
 
 def test_several_choices_of_one_group_have_a_place_each(composed):
-    assert set(composed("auxiliary=[rcnn,atss]").auxiliary) == {"rcnn", "atss"}
+    assert set(composed("extras=[rcnn,atss]").extras) == {"rcnn", "atss"}
 
 
 def test_a_choice_may_be_called_like_a_number(composed):
