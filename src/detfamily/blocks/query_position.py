@@ -21,6 +21,9 @@ from detfamily.structures import Queries, Tokens
 TEMPERATURE = 10000.0
 """Of the codes of references; officially a constant, also where the memory's positions have another one."""
 
+_LEAST_SIZE = 1e-5
+"""By which a code is divided: boxes that fill up Co-DETR's positives may have no size at all."""
+
 
 class QueryPosition(nn.Module):
     """What every query position tells about itself.
@@ -157,7 +160,8 @@ class AnchorPosition(QueryPosition):
     def _modulated(self, content: Tensor, sine: Tensor, anchors: Tensor) -> Tensor:
         if self.size_head is None:
             return sine
-        width, height = (self.size_head(content).sigmoid() / anchors[..., 2:]).split(1, dim=-1)
+        size = anchors[..., 2:].clamp(min=_LEAST_SIZE)
+        width, height = (self.size_head(content).sigmoid() / size).split(1, dim=-1)
         y, x = sine.chunk(2, dim=-1)
         return torch.cat([y * height, x * width], -1)
 
