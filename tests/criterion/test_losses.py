@@ -123,7 +123,7 @@ def test_quality_focal_loss_is_that_of_a_loop_over_queries_and_classes() -> None
                         quality = overlap(boxes[layer, image, q].tolist(), targets.boxes[image, slot].tolist())
                         wanted[int(targets.labels[image, slot])] = quality
                 for column, goal in enumerate(wanted):
-                    p = 1 / (1 + math.exp(-float(logits[layer, image, q, column])))
+                    p = 1 / (1 + math.exp(-logits[layer, image, q, column].item()))
                     entropy = -(goal * math.log(p) + (1 - goal) * math.log(1 - p))
                     total += entropy * abs(goal - p) ** 1.5
         assert float(found[layer]) == pytest.approx(total / 3, rel=1e-9)

@@ -57,6 +57,7 @@ def run_with_heads(tiny, tmp_path_factory):
     """The folder of a trained run with two auxiliary heads."""
     folder = tmp_path_factory.mktemp("heads") / "toy"
     few = ["auxiliary.0.rpn.proposals=20", "auxiliary.0.roi.hidden_dim=8", "auxiliary.0.roi.sampler.count=16"]
+    few += ["collaboration.num_groups=8", "auxiliary.1.num_groups=8"]  # a map may be a single cell
     cfg = compose("train", [*tiny, "auxiliary=[faster_rcnn,atss]", "model.anchor_scale=0.5", *few])
     cfg.output_dir, cfg.schedule.epochs, cfg.evaluation.pictures = str(folder), 1, 0
     with contextlib.redirect_stdout(io.StringIO()):

@@ -143,9 +143,8 @@ class Collaboration(nn.Module):
     ) -> tuple[Tensor, Tensor, Given]:
         """Logits and boxes of the queries that a head's positives make, and what they are to answer."""
         if self.queries is None:
-            none = memory.content.new_zeros(len(images), 0, 4)
-            no_layer = none.new_zeros(0, *none.shape)
-            return no_layer, no_layer, _given(_no_positives(none), images)
+            boxes = objects.boxes_xyxy[:, :0]
+            return boxes[None, :, :, :0][:0], boxes[None][:0], _given(_no_positives(boxes), images)
         positives = self.choose(found.candidates, objects, images, self.draws)
         queries: Queries = self.queries[name](positives, self.reference_dim)
         said = heads(*decoder(queries, memory, heads))

@@ -21,8 +21,8 @@ from detfamily.structures import Queries, Tokens
 TEMPERATURE = 10000.0
 """Of the codes of references; officially a constant, also where the memory's positions have another one."""
 
-_LEAST_SIZE = 1e-5
-"""By which a code is divided: boxes that fill up Co-DETR's positives may have no size at all."""
+_LEAST_SIZE = 1e-4
+"""Sides that codes are divided by; those of anchors are larger by far."""
 
 
 class QueryPosition(nn.Module):
@@ -160,8 +160,9 @@ class AnchorPosition(QueryPosition):
     def _modulated(self, content: Tensor, sine: Tensor, anchors: Tensor) -> Tensor:
         if self.size_head is None:
             return sine
-        size = anchors[..., 2:].clamp(min=_LEAST_SIZE)
-        width, height = (self.size_head(content).sigmoid() / size).split(1, dim=-1)
+        # what auxiliary heads fill up with may have no size
+        sizes = anchors[..., 2:].clamp(min=_LEAST_SIZE)
+        width, height = (self.size_head(content).sigmoid() / sizes).split(1, dim=-1)
         y, x = sine.chunk(2, dim=-1)
         return torch.cat([y * height, x * width], -1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +25,9 @@ class Cost:
     Attributes:
         reached: mean of the metric, per cent.
         spread: its standard deviation over seeds; NaN for one run.
-        images_per_second: in training, median.
+        images_per_second: in training, of the fastest run: other work on the machine only slows a run down.
         memory_gib: peak, median; None where it was not measured.
-        seconds: of a run, median.
+        seconds: of the shortest run.
     """
 
     reached: float
@@ -67,19 +67,21 @@ class Findings:
         """The same without the baseline."""
         return [label for label in self.labels if label != self.table.baseline]
 
-    def median(self, label: str, field: str) -> float | None:
-        """The median over a row's finished runs of what a record says, such as ``images_per_second``."""
+    def over_runs(self, of: Callable[[list[float]], float], label: str, field: str) -> float | None:
+        """Of all of a row's finished runs, what their records say of a field, such as ``images_per_second``."""
         mine = (one for one in self.records if one["row"] == label and one["status"] == FINISHED)
         known = [float(one[field]) for one in mine if one.get(field) is not None]
-        return statistics.median(known) if known else None
+        return of(known) if known else None
 
     def tradeoff(self) -> dict[str, Cost]:
         """Label -> what the row reached and took, of the rows whose speed is known."""
         found = {}
         for label in self.labels:
-            whole, speed = summarize(list(self.values(label).values())), self.median(label, "images_per_second")
+            whole = summarize(list(self.values(label).values()))
+            speed = self.over_runs(max, label, "images_per_second")
             if speed is not None:
-                memory, seconds = self.median(label, "memory_gib"), self.median(label, "seconds")
+                memory = self.over_runs(statistics.median, label, "memory_gib")
+                seconds = self.over_runs(min, label, "seconds")
                 found[label] = Cost(whole.mean, whole.spread, speed, memory, seconds)
         return found
 

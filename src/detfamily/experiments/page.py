@@ -211,9 +211,9 @@ def _cost_parts(found: Findings) -> list[str]:
         "on the frontier",
     ]
     words = (
-        f"Medians over a row's runs. On the frontier: no other row has both a higher {found.table.task.label} and a "
-        "higher speed. Speed is as good as the machine was quiet: runs at the same time, and other work beside them, "
-        "slow each other down."
+        f"Speed and minutes are those of a row's fastest run, since other work on the machine only slows a run down; "
+        f"memory is the median. On the frontier: no other row has both a higher {found.table.task.label} and a higher "
+        "speed."
     )
     return ["## What a row costs", _grid(head, lines), words]
 
