@@ -16,6 +16,7 @@ from detfamily.config.registry import configs_dir
 FOLDER = configs_dir() / "auxiliary"
 HEADS = sorted(file.stem for file in FOLDER.glob("*.yaml") if file.stem != "none")
 MODEL = {"embed_dim": 32, "num_classes": 5, "anchor_scale": 0.5}
+MODEL |= {"region_scale": 56.0, "num_regions": 16, "region_dim": 8}
 
 
 def head_of(name: str) -> AuxiliaryHead:
