@@ -30,6 +30,8 @@ class Images:
         sizes: (height, width) of each image inside the padding, in pixels of this batch.
         original_sizes: (height, width) of each image as stored on disk; detections are given in these pixels.
         image_ids: the data set's id of each image.
+        canvas_sizes: (height, width) in original pixels of what the boxes' 0 to 1 spans: more than the original where
+            padding counts as image (large-scale jittering); empty where it is ``original_sizes`` for all.
     """
 
     pixels: Tensor
@@ -37,6 +39,7 @@ class Images:
     sizes: tuple[Size, ...]
     original_sizes: tuple[Size, ...]
     image_ids: tuple[int, ...]
+    canvas_sizes: tuple[tuple[float, float], ...] = ()
 
     def __len__(self) -> int:
         return self.pixels.shape[0]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from detfamily.structures import Detections, Images
+
+Head = TypeVar("Head", bound=nn.Module)
 
 
 def check_output(found: Tensor, stored: Tensor) -> None:
@@ -73,3 +76,29 @@ def check_detections(found: Detections, wanted: list[tuple[float, int, list[floa
     assert wanted and found.labels.tolist() == [label for _, label, _ in wanted]
     torch.testing.assert_close(found.scores, torch.tensor([score for score, _, _ in wanted]).to(found.scores))
     torch.testing.assert_close(found.boxes_xyxy, torch.tensor([box for *_, box in wanted]).to(found.boxes_xyxy))
+
+
+def scatter_weights(head: Head) -> Head:
+    """Weights in float64 that make the head say something different of every anchor."""
+    torch.manual_seed(1)
+    for parameter in head.double().parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return head
+
+
+def check_against_naive(
+    found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], maps: Sequence[Tensor], head: nn.Module
+) -> None:
+    """Losses of a head, and the gradients of each to the maps and the weights, where both have one."""
+    assert set(found) == set(wanted)
+    leaves = [*maps, *head.parameters()]
+    for name, loss in found.items():
+        torch.testing.assert_close(loss, wanted[name], rtol=1e-5, atol=1e-8)
+        own = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+        if not wanted[name].requires_grad:  # the loop met nothing
+            assert not any(one is not None and one.any() for one in own)
+            continue
+        naive = torch.autograd.grad(wanted[name], leaves, retain_graph=True, allow_unused=True)
+        for ours, theirs, leaf in zip(own, naive, leaves, strict=True):
+            ours, theirs = (torch.zeros_like(leaf) if one is None else one for one in (ours, theirs))
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)

@@ -12,6 +12,8 @@ from detfamily.auxiliary.anchors import Anchors, by_anchor
 from .checks import check_output
 from .conftest import Golden
 
+MIDDLE = Anchors([8, 16], 8, 1, (1.0,), 0.5, 0.5)
+
 
 def naive(anchors: Anchors, shapes: list[tuple[int, int]]) -> tuple[list[list[float]], list[tuple[int, int, int]]]:
     """The anchors, and of each its level, row and column."""
@@ -24,13 +26,13 @@ def naive(anchors: Anchors, shapes: list[tuple[int, int]]) -> tuple[list[list[fl
                     for scale in range(anchors.scales):
                         side = stride * anchors.size * 2 ** (scale / anchors.scales)
                         w, h = side / math.sqrt(ratio), side * math.sqrt(ratio)
-                        x, y = column * stride, row * stride
+                        x, y = (column + anchors.offset) * stride, (row + anchors.offset) * stride
                         boxes.append([x - w / 2, y - h / 2, x + w / 2, y + h / 2])
                         places.append((level, row, column))
     return boxes, places
 
 
-@pytest.mark.parametrize("anchors", [Anchors([4, 8], 4, 3, (0.5, 1.0, 2.0)), Anchors([8, 16], 8, 1, (1.0,), 0.5)])
+@pytest.mark.parametrize("anchors", [Anchors([4, 8], 4, 3, (0.5, 1.0, 2.0)), MIDDLE])
 def test_boxes_and_which_lie_in_an_image(anchors: Anchors) -> None:
     shapes = [(3, 5), (2, 3)]
     boxes, places = naive(anchors, shapes)
@@ -52,6 +54,12 @@ def test_the_scale_is_that_of_all_sides() -> None:
     whole, half = (Anchors([4, 8], 4, 2, (0.5, 1.0), scale)(shapes, like) for scale in (1.0, 0.5))
     torch.testing.assert_close(half[:, 2:] - half[:, :2], (whole[:, 2:] - whole[:, :2]) / 2)
     torch.testing.assert_close(half[:, 2:] + half[:, :2], whole[:, 2:] + whole[:, :2])
+
+
+def test_what_anchors_tell_of_their_level() -> None:
+    found = MIDDLE([(3, 5), (2, 3)], torch.zeros(()))
+    assert MIDDLE.stride_at(found).tolist() == [[8.0]] * 15 + [[16.0]] * 6
+    torch.testing.assert_close(found[0], torch.tensor([-12.0, -12.0, 20.0, 20.0]))
 
 
 def test_an_image_larger_than_the_maps() -> None:
@@ -88,6 +96,8 @@ def test_numbers_out_of_range(strides: list[int], size: float, scales: int, rati
         Anchors(strides, size, scales, ratios)
 
 
-def test_a_scale_out_of_range() -> None:
+def test_a_scale_or_an_offset_out_of_range() -> None:
     with pytest.raises(ValueError, match=r"anchors.scale=0.0"):
         Anchors([4], 4.0, 1, [1.0], 0.0)
+    with pytest.raises(ValueError, match=r"anchors.offset=1.5"):
+        Anchors([4], 4.0, 1, [1.0], 1.0, 1.5)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
 from detfamily.auxiliary.anchors import Anchors
-from detfamily.auxiliary.assigners import ATSSAssigner, MaxIoUAssigner
+from detfamily.auxiliary.assigners import ATSSAssigner, CenterAssigner, MaxIoUAssigner
 from detfamily.auxiliary.structures import BACKGROUND, IGNORED
 
 
@@ -104,6 +105,41 @@ def test_a_single_anchor_is_no_reason_to_divide_by_zero() -> None:
     assert found.tolist() == [0]
 
 
+def naive_center(
+    centers: Tensor, counts: list[int], strides: list[int], objects: Tensor, size: float, radius: float | None
+) -> list[int]:
+    levels = [level for level, count in enumerate(counts) for _ in range(count)]
+    assigned = []
+    for (x, y), level in zip(centers.tolist(), levels, strict=True):
+        low = 0.0 if level == 0 else size * strides[level - 1]
+        high = float("inf") if level == len(strides) - 1 else size * strides[level]
+        found = []
+        for number, one in enumerate(objects.tolist()):
+            edges = (x - one[0], y - one[1], one[2] - x, one[3] - y)
+            near = radius is None or max(abs(x - center(one)[0]), abs(y - center(one)[1])) < radius * strides[level]
+            if near and min(edges) > 0 and low <= max(edges) <= high:
+                found.append(((one[2] - one[0]) * (one[3] - one[1]), number))
+        assigned.append(min(found)[1] if found else BACKGROUND)
+    return assigned
+
+
+@pytest.mark.parametrize("radius", [1.5, 0.5, None])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_centers_of_objects(radius: float | None, seed: int) -> None:
+    strides, shapes = [4, 8, 16], [(24, 32), (12, 16), (6, 8)]
+    anchors = Anchors(strides, 4, 1, (1.0,), offset=0.5)
+    objects = random_boxes(8, seed)
+    objects[1] = objects[0] + torch.tensor([2.0, 2.0, -2.0, -2.0])  # one in the other
+    objects[2] = torch.tensor([100.0, 10.0, 112.0, 20.0])  # one for the finest level
+    centers = (boxes := anchors(shapes, objects))[:, :2] / 2 + boxes[:, 2:] / 2
+    counts = [h * w for h, w in shapes]
+    found = CenterAssigner(strides, 4, radius)(centers, counts, objects).tolist()
+    assert found == naive_center(centers, counts, strides, objects, 4, radius)
+    starts = [0, counts[0], counts[0] + counts[1], sum(counts)]
+    used = [set(found[a:b]) - {BACKGROUND} for a, b in pairwise(starts)]
+    assert all(used) and 1 in set(found)
+
+
 def test_nothing_to_assign() -> None:
     boxes, none = random_boxes(4, 0), torch.zeros(0, 4, dtype=torch.float64)
     for assigner in (MaxIoUAssigner(0.7, 0.3, 0.3), MaxIoUAssigner(0.5, 0.5)):
@@ -111,6 +147,8 @@ def test_nothing_to_assign() -> None:
         assert assigner(none, boxes).tolist() == assigner(none, none).tolist() == []
     assert ATSSAssigner()(boxes, [3, 1], none).tolist() == [BACKGROUND] * 4
     assert ATSSAssigner()(none, [0, 0], boxes).tolist() == []
+    assert CenterAssigner([4, 8], 8)(boxes[:, :2], [3, 1], none).tolist() == [BACKGROUND] * 4
+    assert CenterAssigner([4, 8], 8)(none[:, :2], [0, 0], boxes).tolist() == []
 
 
 @pytest.mark.parametrize(
@@ -122,3 +160,5 @@ def test_thresholds_out_of_range(numbers: tuple[float, float, float | None], nam
         MaxIoUAssigner(*numbers)
     with pytest.raises(ValueError, match="nearest=0"):
         ATSSAssigner(0)
+    with pytest.raises(ValueError, match="assigner.radius=0"):
+        CenterAssigner([4], 8, 0)

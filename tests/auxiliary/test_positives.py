@@ -15,12 +15,16 @@ from detfamily.structures import Images, Targets
 SIZES = ((40, 80), (20, 50))
 
 
-def choose(assigned: Tensor, usable: Tensor, most: int, least: int) -> tuple[Positives, Candidates, Targets]:
-    torch.manual_seed(0)
+def batch() -> tuple[Images, Targets]:
     mask = torch.ones(2, 40, 80, dtype=torch.bool)
     mask[0], mask[1, :20, :50] = False, False
     images = Images(torch.zeros(2, 3, 40, 80), mask, SIZES, SIZES, (0, 1))
-    targets = Targets.from_lists([torch.tensor([3, 1]), torch.tensor([2])], [torch.rand(2, 4), torch.rand(1, 4)])
+    return images, Targets.from_lists([torch.tensor([3, 1]), torch.tensor([2])], [torch.rand(2, 4), torch.rand(1, 4)])
+
+
+def choose(assigned: Tensor, usable: Tensor, most: int, least: int) -> tuple[Positives, Candidates, Targets]:
+    torch.manual_seed(0)
+    images, targets = batch()
     count = assigned.shape[1]
     candidates = Candidates(
         20 * torch.rand(2, count, 4), torch.randn(2, count, 5, requires_grad=True), assigned, usable
@@ -74,6 +78,17 @@ def test_the_gradient_goes_through_features_alone() -> None:
     assert candidates.features.grad is not None
     wanted = torch.zeros(2, 3).scatter(1, queries.index, 1.0)
     assert torch.equal(candidates.features.grad, wanted[..., None].expand(2, 3, 5))
+
+
+def test_neighbours_that_share_a_feature() -> None:
+    assigned = torch.tensor([[0, BACKGROUND, 1, BACKGROUND, BACKGROUND, 0], [BACKGROUND] * 6])
+    images, targets = batch()
+    features = torch.randn(2, 2, 5)
+    candidates = Candidates(20 * torch.rand(2, 6, 4), features, assigned, torch.ones(2, 6, dtype=torch.bool))
+    queries = PositiveQueries(6, 5)(candidates, Objects.of(images, targets), images, Draws())
+    for image in range(2):
+        for slot, place in enumerate(queries.index[image].tolist()):
+            assert torch.equal(queries.features[image, slot], features[image, place // 3])
 
 
 @pytest.mark.parametrize(("most", "least"), [(8, 9), (3, 0)])

@@ -22,7 +22,7 @@ TREE = {
           - attention: dense
           - recipe: adamw
           - data: folder
-          - auxiliary: []
+          - extras: []
           - family: base
           - experiment: null
         seed: 42
@@ -64,8 +64,8 @@ TREE = {
     "recipe/50.yaml": "defaults:\n  - adamw\n  - _self_\nepochs: 50\nnote: fifty\n",
     "data/folder.yaml": "_target_: detfamily.example_blocks.Folder\nroot: ???\n",
     "data/here.yaml": "_target_: detfamily.example_blocks.Folder\nroot: .\n",
-    "auxiliary/atss.yaml": "# @package auxiliary.atss\n_target_: torch.nn.Identity\n",
-    "auxiliary/rcnn.yaml": "# @package auxiliary.rcnn\n_target_: torch.nn.Identity\n",
+    "extras/atss.yaml": "# @package extras.atss\n_target_: torch.nn.Identity\n",
+    "extras/rcnn.yaml": "# @package extras.rcnn\n_target_: torch.nn.Identity\n",
     "family/base.yaml": "# @package _global_\nmodel: {heads: 4}\n",
     "family/narrow.yaml": "# @package _global_\ndefaults:\n  - override /attention: narrow\nmodel: {width: 32}\n",
     "experiment/long.yaml": """

@@ -25,7 +25,7 @@ def test_fields_are_set_added_and_removed(composed):
 
 
 def test_several_choices_of_one_group_have_a_place_each(composed):
-    assert set(composed("auxiliary=[rcnn,atss]").auxiliary) == {"rcnn", "atss"}
+    assert set(composed("extras=[rcnn,atss]").extras) == {"rcnn", "atss"}
 
 
 def test_a_choice_may_be_called_like_a_number(composed):
@@ -49,7 +49,7 @@ def test_text_stays_as_it_was_typed(composed):
         ("attenton=dense", ["no group or field 'attenton'", "'attention'"]),
         ("attention=dence", ["attention has no choice 'dence'", "'dense'"]),
         ("attention=null", ["attention has no choice 'null'", "dense, narrow"]),
-        ("auxiliary=[rcnn,ats]", ["auxiliary has no choice 'ats'", "'atss'"]),
+        ("extras=[rcnn,ats]", ["extras has no choice 'ats'", "'atss'"]),
         ("attention=dense,narrow", ["cannot read", "attention=[a,b]"]),
         ("name=a=b", ["cannot read", "\"name='a=b'\""]),
         ("recipe.lrr=1", ["recipe has no field 'lrr'", "'lr'"]),

@@ -21,6 +21,7 @@ def test_images_lie_in_the_top_left_corner_and_the_rest_is_padding() -> None:
     assert images.pixels.shape == (2, 3, 7, 9)
     assert images.sizes == ((5, 9), (7, 4))
     assert images.original_sizes == ((999, 888),) * 2
+    assert images.canvas_sizes == images.original_sizes
     assert images.image_ids == (3, 8)
     for index, one in enumerate(samples):
         h, w = one.size

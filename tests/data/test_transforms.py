@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from detfamily.data.masks import boxes_around
 from detfamily.data.transforms import (
     Compose,
     RandomChannelPermutation,
@@ -130,6 +131,39 @@ def test_flips_move_boxes_with_their_pixels(move: Callable[..., Any]) -> None:
     again = move(after)
     assert torch.equal(again.boxes, before.boxes)
     assert torch.equal(again.image, before.image)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        flip_horizontally,
+        flip_vertically,
+        transpose,
+        lambda sample: crop(sample, 6, 10, 20, 30),
+        lambda sample: resize(sample, (80, 160)),
+        lambda sample: resize(sample, (12, 18)),
+        lambda sample: RandomChannelPermutation()(sample, rng()),
+    ],
+)
+def test_masks_stay_on_their_pixels(change: Callable[[Sample], Sample]) -> None:
+    before = painted([[5, 4, 20, 30], [30, 10, 53, 37], [0, 0, 3, 2]])
+    painted_masks = torch.stack([before.image[0] == label + 1 for label in range(3)])
+    after = change(replace(before, image=(before.image > 0).byte() * 255, masks=painted_masks))
+    assert after.masks is not None and after.masks.shape[1:] == after.size
+    assert int((after.masks.any(0) ^ (after.image[0] >= 128)).sum()) <= 0.02 * after.image[0].numel()
+    assert torch.allclose(boxes_around(after.masks), after.boxes, rtol=0, atol=0.51)
+
+
+def test_crop_draws_boxes_around_what_is_left_of_masks() -> None:
+    before = painted([[5, 4, 20, 30], [30, 10, 53, 37]])
+    masks = torch.stack([before.image[0] == label + 1 for label in range(2)])
+    masks[0, :, 8:] = False  # its box reaches into the region, its mask does not
+    masks[1, 30:] = masks[1, :15] = False
+    after = crop(replace(before, masks=masks), 6, 10, 31, 40)
+    assert after.labels.tolist() == [1]
+    assert after.boxes.tolist() == [[20, 9, 40, 24]]
+    assert after.area.tolist() == [20 * 15]
+    assert after.masks is not None and after.masks.shape == (1, 31, 40)
 
 
 def test_crop_clamps_and_drops_boxes() -> None:

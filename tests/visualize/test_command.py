@@ -73,6 +73,13 @@ def test_a_place_in_pixels(run: Callable[..., int], tmp_path: Path) -> None:
     assert listed(tmp_path / "out") == [*names, "a/sheet.jpg"]
 
 
+def test_a_place_in_pixels_of_an_image_that_is_padded(run: Callable[..., int], tmp_path: Path) -> None:
+    words = ["what=encoder_attention", "layer=0", "place=[40,20]", "level=0", "untrained=false"]
+    assert run(*words, "augmentation=lsj", "augmentation.image_size=192") == 0
+    (name, _) = listed(tmp_path / "out")
+    assert name == "a/encoder_attention-layer0-at-42-21.png"  # the cell of columns 40 to 43, rows 20 to 23
+
+
 def test_by_default_pictures_go_beside_the_checkpoint(
     run: Callable[..., int], checkpoints: Callable[[str], Path]
 ) -> None:

@@ -10,12 +10,19 @@ All the boxes inside are corners in pixels of the batch; queries are cx, cy, w, 
 
 from detfamily.auxiliary.atss import ATSS
 from detfamily.auxiliary.faster_rcnn import FasterRCNN
+from detfamily.auxiliary.fcos import FCOS
+from detfamily.auxiliary.gfl import GFL
 from detfamily.auxiliary.head import AuxiliaryHead
+from detfamily.auxiliary.paa import PAA
 from detfamily.auxiliary.positives import PositiveQueries
+from detfamily.auxiliary.retinanet import RetinaNet
 from detfamily.auxiliary.structures import Auxiliary, Candidates, Objects, Positives
 
 __all__ = [
     "ATSS",
+    "FCOS",
+    "GFL",
+    "PAA",
     "Auxiliary",
     "AuxiliaryHead",
     "Candidates",
@@ -23,4 +30,5 @@ __all__ = [
     "Objects",
     "PositiveQueries",
     "Positives",
+    "RetinaNet",
 ]

@@ -12,7 +12,7 @@ from detfamily.structures import Size
 
 
 class Anchors:
-    """Boxes around the top left corner of every cell (RetinaNet, arXiv 1708.02002, section 4; corners as mmdet has it).
+    """Boxes at every cell (RetinaNet, arXiv 1708.02002, section 4), around its top left corner, as mmdet has it.
 
     Anchors of all levels are in one row: level by level, row by row, cell by cell, there by ratio and then by scale.
 
@@ -22,13 +22,20 @@ class Anchors:
         scales: sizes at each cell, from ``size`` on, a ``scales``-th part of an octave apart.
         ratios: height / width of the shapes.
         scale: multiplies all sizes; below 1 for images smaller than COCO's at 800 pixels.
+        offset: how far right of and below that corner they lie, in strides; 0.5 is the middle of the cell.
 
     Raises:
         ValueError: a number is out of its range, or there are none.
     """
 
     def __init__(
-        self, strides: Sequence[int], size: float, scales: int, ratios: Sequence[float], scale: float = 1.0
+        self,
+        strides: Sequence[int],
+        size: float,
+        scales: int,
+        ratios: Sequence[float],
+        scale: float = 1.0,
+        offset: float = 0.0,
     ) -> None:
         if not strides or min(strides) < 1:
             raise ValueError(f"anchors.strides={[*strides]}: expected pixels between cells of each level, 1 or more")
@@ -38,12 +45,15 @@ class Anchors:
             )
         if scale <= 0:
             raise ValueError(f"anchors.scale={scale}: expected a number above 0")
+        if not 0 <= offset <= 1:
+            raise ValueError(f"anchors.offset={offset}: expected a share of a cell, from 0 to 1")
         if not ratios or min(ratios) <= 0:
             raise ValueError(f"anchors.ratios={[*ratios]}: expected ratios of height to width, above 0")
         self.strides = tuple(strides)
         self.size = size * scale
         self.scales = scales
         self.ratios = tuple(ratios)
+        self.offset = offset
 
     @property
     def per_cell(self) -> int:
@@ -72,11 +82,16 @@ class Anchors:
         found = []
         for level, (height, width) in enumerate(shapes):
             stride = self.strides[level]
-            y, x = (torch.arange(cells, device=like.device, dtype=like.dtype) * stride for cells in (height, width))
-            corner = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1)
+            rows, columns = (torch.arange(count, device=like.device, dtype=like.dtype) for count in (height, width))
+            y, x = (rows + self.offset) * stride, (columns + self.offset) * stride
+            place = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1)
             of_cell = self.of_cell(level, like.dtype).to(like.device, non_blocking=True)
-            found.append((corner.repeat(1, 1, 2)[:, :, None] + of_cell).reshape(-1, 4))
+            found.append((place.repeat(1, 1, 2)[:, :, None] + of_cell).reshape(-1, 4))
         return torch.cat(found)
+
+    def stride_at(self, anchors_xyxy: Tensor) -> Tensor:
+        """(..., 1) the stride of the levels that anchors (..., 4) belong to, where each cell has one size."""
+        return (anchors_xyxy[..., 2:] - anchors_xyxy[..., :2]).prod(-1, keepdim=True).sqrt() / self.size
 
     def inside(self, shapes: Sequence[Size], size: Size, device: torch.device) -> tuple[Tensor, list[int]]:
         """The anchors whose cells lie in an image.

@@ -115,3 +115,62 @@ class ATSSAssigner:
             found.append(start + level.topk(min(self.nearest, len(level)), dim=0, largest=False).indices)
             start += len(level)
         return torch.cat(found)
+
+
+class CenterAssigner:
+    """The cells near the centre of an object, in the level for its size (FCOS, arXiv 1904.01355, 3.1 and 3.2).
+
+    A cell whose farthest edge would be beyond what its level is for, or within what the level below is for, answers for
+    none; the finest level has no lower limit, the coarsest no upper one. Of several objects, the smallest one counts.
+
+    Args:
+        strides: pixels between neighbouring cells of each level, finest first.
+        size: the distance of edges, in strides, that each level is for at most; 8 in the paper.
+        radius: how far from the centre of the object a cell may lie along each axis, in strides; null: as far as the
+            object reaches.
+
+    Raises:
+        ValueError: the radius is not above 0.
+    """
+
+    def __init__(self, strides: Sequence[int], size: float, radius: float | None = 1.5) -> None:
+        if radius is not None and radius <= 0:
+            raise ValueError(f"assigner.radius={radius}: expected strides, more than 0, or null for all of the object")
+        self.strides = tuple(strides)
+        self.size = size
+        self.radius = radius
+
+    def __call__(self, centers: Tensor, level_counts: Sequence[int], objects_xyxy: Tensor) -> Tensor:
+        """The objects of cells.
+
+        Args:
+            centers: (N, 2) x, y of the middle of the cells of one image, level by level.
+            level_counts: how many of them each level has.
+            objects_xyxy: (n, 4) of that image.
+
+        Returns:
+            (N,), never ``IGNORED``.
+        """
+        if not len(objects_xyxy):
+            return torch.full_like(centers[:, 0], BACKGROUND, dtype=torch.int64)
+        low, high = self._limits(level_counts, centers)
+        edges = torch.cat([centers[:, None] - objects_xyxy[:, :2], objects_xyxy[:, 2:] - centers[:, None]], -1)
+        farthest = edges.amax(-1)
+        suits = (edges.amin(-1) > 0) & (farthest >= low) & (farthest <= high)
+        if self.radius is not None:
+            away = (centers[:, None] - to_cxcywh(objects_xyxy)[:, :2]).abs().amax(-1)
+            suits = suits & (away < self.radius * self._of_cells(self.strides, level_counts, centers))
+        area = (objects_xyxy[:, 2:] - objects_xyxy[:, :2]).prod(-1)
+        smallest, nearest = torch.where(suits, area, torch.inf).min(1)
+        return torch.where(smallest < torch.inf, nearest, BACKGROUND)
+
+    def _limits(self, level_counts: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 1), (N, 1) the nearest and the farthest edge of each cell."""
+        between = [self.size * stride for stride in self.strides[:-1]]
+        low = self._of_cells([0.0, *between], level_counts, like)
+        return low, self._of_cells([*between, torch.inf], level_counts, like)
+
+    def _of_cells(self, of_levels: Sequence[float], level_counts: Sequence[int], like: Tensor) -> Tensor:
+        """(N, 1) a number of each level, for its cells."""
+        cells = [like.new_full((count, 1), one) for one, count in zip(of_levels, level_counts, strict=True)]
+        return torch.cat(cells)

@@ -41,10 +41,11 @@ class PositiveQueries:
         )
         index = rank.topk(min(wanted, rank.shape[1]), largest=False).indices
         target_xyxy, labels = objects.at(candidates.assigned.gather(1, index))
+        sharing = candidates.boxes_xyxy.shape[1] // candidates.features.shape[1]
         extent = extents(images, candidates.boxes_xyxy)[:, None]
         return Positives(
             boxes=to_cxcywh(_rows(candidates.boxes_xyxy.detach(), index) / extent),
-            features=_rows(candidates.features, index),
+            features=_rows(candidates.features, index // sharing),
             index=index,
             target_boxes=to_cxcywh(target_xyxy / extent),
             labels=labels,

@@ -22,6 +22,9 @@ BACKGROUND = -1
 IGNORED = -2
 """In the place of an object's index: takes no part in the losses."""
 
+OUTSIDE = -3
+"""The same, as it lies in the padding."""
+
 
 def extents(images: Images, like: Tensor) -> Tensor:
     """(B, 4) width, height, width, height of each image inside the padding, in pixels."""
@@ -71,7 +74,7 @@ class Candidates:
 
     Attributes:
         boxes_xyxy: (B, N, 4) anchors or regions, in pixels.
-        features: (B, N, C) what the head read there.
+        features: (B, N / A, C) what the head read there, the same for A neighbours.
         assigned: (B, N) int64 the index of the object that each answers for; negative for none.
         usable: (B, N) bool, False in slots that hold nothing.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -142,10 +142,14 @@ def _layer(predictions: Predictions, layer: int) -> tuple[Tensor, Tensor]:
 
 def _to_pixels(boxes: Tensor, images: Images, clip: bool = False) -> Tensor:
     """(B, N, 4) cx, cy, w, h in (0, 1) to corners in original pixels; officially cut off at the edges only by some."""
-    sizes = torch.tensor([(w, h, w, h) for h, w in images.original_sizes], dtype=boxes.dtype)
-    sizes = sizes.to(boxes.device, non_blocking=True)[:, None]
-    boxes_xyxy = to_xyxy(boxes) * sizes
-    return torch.minimum(boxes_xyxy.clamp(min=0), sizes) if clip else boxes_xyxy
+    boxes_xyxy = to_xyxy(boxes) * _corners(images.canvas_sizes or images.original_sizes, boxes)
+    return torch.minimum(boxes_xyxy.clamp(min=0), _corners(images.original_sizes, boxes)) if clip else boxes_xyxy
+
+
+def _corners(sizes: Sequence[tuple[float, float]], like: Tensor) -> Tensor:
+    """(B, 1, 4) width, height, width, height."""
+    rows = torch.tensor([(w, h, w, h) for h, w in sizes], dtype=like.dtype)
+    return rows.to(like.device, non_blocking=True)[:, None]
 
 
 def _nms(detections: Detections, iou: float | None) -> Detections:

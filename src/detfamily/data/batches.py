@@ -16,7 +16,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Pad the images at the bottom and the right to the largest height and width among them.
 
     Pixels stay uint8 and lie channels-last in memory, as decoders give them (any other order costs five times the
-    copy); the padding is 0. Boxes become cx, cy, w, h in (0, 1) over each image without its padding.
+    copy); the padding is 0. Boxes become cx, cy, w, h in (0, 1) over each image without this padding.
     """
     sizes = tuple(sample.size for sample in samples)
     pixels, padding_mask = pad([sample.image for sample in samples])
@@ -26,6 +26,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         sizes,
         tuple(sample.original_size for sample in samples),
         tuple(sample.image_id for sample in samples),
+        tuple(sample.canvas_size or sample.original_size for sample in samples),
     )
     boxes = [normalized_cxcywh(sample.boxes, size) for sample, size in zip(samples, sizes, strict=True)]
     return Batch(images, Targets.from_lists([sample.labels for sample in samples], boxes, images.image_ids))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,11 +23,15 @@ from detfamily.data.check.annotations import scan
 from detfamily.data.check.files import missing_files
 from detfamily.data.check.findings import Findings
 from detfamily.data.check.splits import category_differences
+from detfamily.data.copy_paste import CopyPaste
 from detfamily.data.images import read_image
 from detfamily.data.labels import LabelMap
-from detfamily.data.transforms import Sample, Transform
+from detfamily.data.masks import Outlines
+from detfamily.data.transforms import Sample, Transform, random_integer
 from detfamily.errors import DataError, nearest
 from detfamily.files import read_json, write_text_atomically
+
+logger = logging.getLogger(__name__)
 
 COCO_AREA_RANGES: dict[str, tuple[float, float]] = {
     "all": (0.0, 1e10),
@@ -64,6 +69,7 @@ class Annotations:
         boxes: (M, 4) float32 x1, y1, x2, y2 in pixels.
         category_ids: (M,) int64.
         area: (M,) float32, the file's own area (of the segmentation in COCO).
+        rows: (M,) int64, places in the file's list of annotations.
         crowds: number of crowd regions left out.
         degenerate: number of boxes left out for having no width or height inside the image.
         errors: number of things that are wrong, but no reason not to train: see ``detfamily check-data``.
@@ -78,6 +84,7 @@ class Annotations:
     boxes: Tensor
     category_ids: Tensor
     area: Tensor
+    rows: Tensor
     crowds: int
     degenerate: int
     errors: int
@@ -114,6 +121,7 @@ class Annotations:
             boxes=corners[keep],
             category_ids=torch.from_numpy(boxes.category_ids)[keep],
             area=torch.from_numpy(boxes.area).float()[keep],
+            rows=torch.from_numpy(boxes.rows)[keep],
             crowds=int(crowd.sum()),
             degenerate=int((~solid & ~crowd).sum()),
             errors=findings.number("error"),
@@ -151,6 +159,7 @@ class CocoDetection(Dataset[Sample]):
         label_map: from category ids to labels.
         transform: what to do with each sample.
         indices: which images to take; None takes all.
+        outlines: of all objects of the file, for samples with masks; None for samples without.
     """
 
     def __init__(
@@ -158,10 +167,12 @@ class CocoDetection(Dataset[Sample]):
         annotations: Annotations,
         folder: Path,
         label_map: LabelMap,
-        transform: Transform,
+        transform: Transform | CopyPaste,
         indices: Sequence[int] | None = None,
+        outlines: Outlines | None = None,
     ) -> None:
         self.annotations = annotations
+        self.outlines = outlines
         self.folder = folder
         self.transform = transform
         self.indices = list(range(len(annotations)) if indices is None else indices)
@@ -178,8 +189,9 @@ class CocoDetection(Dataset[Sample]):
 
     @property
     def max_objects(self) -> int:
-        """The number of objects in the fullest image: a detector needs more queries than this."""
-        return int(self.annotations.counts[self.indices].max()) if self.indices else 0
+        """The number of objects in the fullest sample: a detector needs more queries than this."""
+        most = int(self.annotations.counts[self.indices].max()) if self.indices else 0
+        return self.transform.most_objects(most) if isinstance(self.transform, CopyPaste) else most
 
     def load(self, index: int) -> Sample:
         """The sample as it is on disk, before any transform.
@@ -206,22 +218,31 @@ class CocoDetection(Dataset[Sample]):
         """The sample with the given pixels in place of those on disk."""
         found = self.annotations
         at = self.indices[index]
-        objects = slice(int(found.starts[at]), int(found.starts[at + 1]))
+        first, last = int(found.starts[at]), int(found.starts[at + 1])
+        objects = slice(first, last)
         height, width = found.sizes[at].tolist()
+        boxes, outlines = found.boxes[objects], self.outlines
         return Sample(
             image=image,
-            boxes=found.boxes[objects],
+            boxes=boxes,
             labels=self._labels[objects],
             area=found.area[objects],
-            iscrowd=torch.zeros(objects.stop - objects.start, dtype=torch.int64),
+            iscrowd=torch.zeros(last - first, dtype=torch.int64),
             image_id=found.image_ids[at],
             original_size=(height, width),
+            masks=None if outlines is None else outlines.masks(range(first, last), boxes, (height, width)),
         )
 
     def __getitem__(self, key: int | SampleKey) -> Sample:
         if not isinstance(key, SampleKey):
             key = SampleKey(key, seed=key)
-        return self.transform(self.load(key.index), torch.Generator().manual_seed(key.seed))
+        sample, rng = self.load(key.index), torch.Generator().manual_seed(key.seed)
+        if isinstance(self.transform, CopyPaste):
+            return self.transform(sample, rng, self._another)
+        return self.transform(sample, rng)
+
+    def _another(self, rng: torch.Generator) -> Sample:
+        return self.load(random_integer(0, len(self) - 1, rng))
 
 
 class CocoData:
@@ -288,12 +309,19 @@ class CocoData:
         found = {split: (self._files[split], self._folders[split]) for split in ("train", "val")}
         return {"train": found["train"]} if found["train"] == found["val"] else found
 
-    def train(self, transform: Transform) -> CocoDetection:
-        """The training set; DataError if its categories are not those of the validation set."""
+    def train(self, transform: Transform | CopyPaste) -> CocoDetection:
+        """The training set, with masks if objects are to be pasted.
+
+        Raises:
+            DataError: its categories are not those of the validation set, or a segmentation that is asked for is none.
+        """
         _check_same_categories(self._train, self._val)
         if not len(self._train.boxes):
             raise DataError(f"{self._train.path} has no objects to learn from: detfamily check-data says what it holds")
-        return self._dataset("train", self._train, transform, self.limit_train)
+        dataset = self._dataset("train", self._train, transform, self.limit_train)
+        if isinstance(transform, CopyPaste) and transform.enabled:
+            dataset.outlines = read_outlines(self._train)
+        return dataset
 
     def validation(self, transform: Transform) -> CocoDetection:
         """The validation set."""
@@ -350,7 +378,9 @@ class CocoData:
             )
         return Annotations.read(path)
 
-    def _dataset(self, split: str, found: Annotations, transform: Transform, limit: int | None) -> CocoDetection:
+    def _dataset(
+        self, split: str, found: Annotations, transform: Transform | CopyPaste, limit: int | None
+    ) -> CocoDetection:
         indices = found.first_with_objects(limit)
         if not indices:
             raise DataError(f"no image of {found.path} has an object; without data.limit_{split} all images are taken")
@@ -373,6 +403,32 @@ class CocoData:
             f"{found.image_ids[indices[missing[0]]]}){hint}. Set data.{split}_images=... to the folder (relative to "
             "data.root) in which these file names start; detfamily check-data names all that is missing"
         )
+
+
+def read_outlines(annotations: Annotations) -> Outlines | None:
+    """The segmentations of all objects, from the file once more; None, and a line in the log, if it has none.
+
+    Raises:
+        DataError: a segmentation that is none; says of which annotation.
+    """
+    entries = read_object(annotations.path)["annotations"]
+    rows = annotations.rows.tolist()
+    sizes = annotations.sizes.repeat_interleave(annotations.counts, dim=0).tolist()
+    try:
+        outlines = Outlines.pack((entries[row].get("segmentation") for row in rows), sizes)
+    except ValueError as error:
+        words, at = error.args
+        named = entries[rows[at]].get("id", f"number {rows[at]}")
+        raise DataError(f"{annotations.path}: the 'segmentation' of annotation {named}: {words}") from None
+    if outlines.known < len(rows):
+        logger.warning(
+            "%s: %d of %d objects have no segmentation; they are pasted as rectangles (augmentation.copy_paste=false "
+            "pastes nothing)",
+            annotations.path,
+            len(rows) - outlines.known,
+            len(rows),
+        )
+    return outlines if outlines.known else None
 
 
 def read_object(path: Path) -> dict[str, Any]:

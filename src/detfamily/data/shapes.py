@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pycocotools import mask as coco_mask
 from rich.console import Console
 from rich.progress import track
 
@@ -37,8 +38,8 @@ except ImportError:  # not on Windows; there, processes that start at once draw 
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
-"""Raise with every change of what is drawn: it is a part of the cache's key."""
+VERSION = 2
+"""Raise with every change of what is drawn or written: it is a part of the cache's key."""
 
 COCO_NINTH: dict[str, tuple[float, float]] = {
     "all": (0.0, 1e10),
@@ -232,13 +233,23 @@ def _draw_files(
         pixels, objects = draw(settings, split, index)
         path = folder / split / _file_name(index)
         Image.fromarray(pixels).save(path, quality=JPEG_QUALITY, subsampling=0)
-        annotations.append([_annotation(one) for one in objects])
+        annotations.append([_annotation(one, settings.image_size) for one in objects])
     return annotations
 
 
-def _annotation(drawn: Drawn) -> dict[str, Any]:
+def _annotation(drawn: Drawn, size: int) -> dict[str, Any]:
     x1, y1, x2, y2 = drawn.box
-    return {"category_id": drawn.label + 1, "bbox": [x1, y1, x2 - x1, y2 - y1], "area": drawn.area, "iscrowd": 0}
+    mask = np.zeros((size, size), dtype=np.uint8, order="F")
+    inside, at = _inside(drawn, size)
+    mask[at] = drawn.visible[inside]
+    runs = coco_mask.encode(mask)
+    return {
+        "category_id": drawn.label + 1,
+        "bbox": [x1, y1, x2 - x1, y2 - y1],
+        "area": drawn.area,
+        "iscrowd": 0,
+        "segmentation": {"size": runs["size"], "counts": runs["counts"].decode()},
+    }
 
 
 def _coco_json(

@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as kernels
 
+from detfamily.data.masks import boxes_around
 from detfamily.structures import Size
 
 
@@ -30,6 +32,9 @@ class Sample:
         iscrowd: (n,) int64, 1 for a crowd region.
         image_id: the data set's id of the image.
         original_size: (height, width) of the image as stored on disk.
+        masks: (n, H, W) bool, the pixels that show each object; None unless the transform of the data set wants them.
+        canvas_size: (height, width) of ``image`` in pixels of the image on disk, where it was padded as a part of the
+            image (``PadToSquare``); None where it was not, and ``original_size`` is what it shows.
     """
 
     image: Tensor
@@ -39,11 +44,26 @@ class Sample:
     iscrowd: Tensor
     image_id: int
     original_size: Size
+    masks: Tensor | None = None
+    canvas_size: tuple[float, float] | None = None
 
     @property
     def size(self) -> Size:
         """(height, width) of the image as it is now."""
         return self.image.shape[1], self.image.shape[2]
+
+    def only(self, keep: Tensor) -> Sample:
+        """The same image with some of its objects: (n,) bool, or their indices."""
+        if keep.dtype == torch.bool and keep.all():
+            return self  # the common case; masks are large
+        return replace(
+            self,
+            boxes=self.boxes[keep],
+            labels=self.labels[keep],
+            area=self.area[keep],
+            iscrowd=self.iscrowd[keep],
+            masks=None if self.masks is None else self.masks[keep],
+        )
 
 
 Transform = Callable[[Sample, torch.Generator], Sample]
@@ -54,42 +74,61 @@ def flip_horizontally(sample: Sample) -> Sample:
     """Mirror left and right."""
     width = sample.size[1]
     boxes = sample.boxes[:, [2, 1, 0, 3]] * _row(-1, 1, -1, 1) + _row(width, 0, width, 0)
-    return replace(sample, image=kernels.horizontal_flip_image(sample.image), boxes=boxes)
+    masks = None if sample.masks is None else sample.masks.flip(2)
+    return replace(sample, image=kernels.horizontal_flip_image(sample.image), boxes=boxes, masks=masks)
 
 
 def flip_vertically(sample: Sample) -> Sample:
     """Mirror top and bottom."""
     height = sample.size[0]
     boxes = sample.boxes[:, [0, 3, 2, 1]] * _row(1, -1, 1, -1) + _row(0, height, 0, height)
-    return replace(sample, image=kernels.vertical_flip_image(sample.image), boxes=boxes)
+    masks = None if sample.masks is None else sample.masks.flip(1)
+    return replace(sample, image=kernels.vertical_flip_image(sample.image), boxes=boxes, masks=masks)
 
 
 def transpose(sample: Sample) -> Sample:
     """Mirror along the main diagonal: x and y change places."""
-    return replace(sample, image=sample.image.transpose(1, 2), boxes=sample.boxes[:, [1, 0, 3, 2]])
+    masks = None if sample.masks is None else sample.masks.transpose(1, 2)
+    return replace(sample, image=sample.image.transpose(1, 2), boxes=sample.boxes[:, [1, 0, 3, 2]], masks=masks)
 
 
 def crop(sample: Sample, top: int, left: int, height: int, width: int) -> Sample:
-    """Cut out a region inside the image; boxes are clamped to it, and those with nothing left are dropped.
+    """Cut out a region inside the image; objects of which nothing is left are dropped.
 
-    The area of an object becomes that of its clamped box.
+    Boxes are clamped to the region, or with masks drawn anew around what is left of these. The area of an object
+    becomes that of its box.
     """
-    boxes = sample.boxes - _row(left, top, left, top)
-    boxes = torch.minimum(boxes, _row(width, height, width, height)).clamp(min=0)
+    masks = None if sample.masks is None else sample.masks[:, top : top + height, left : left + width]
+    return _region(sample, masks, top, left, height, width)
+
+
+def resize_and_crop(sample: Sample, size: Size, top: int, left: int, height: int, width: int) -> Sample:
+    """``crop`` after ``resize`` to ``size``, without ever making masks of what is cut off: they can be very large."""
+    resized = resize(replace(sample, masks=None), size)
+    masks = None
+    if sample.masks is not None:
+        masks = _resized_masks(sample.masks, size, slice(top, top + height), slice(left, left + width))
+    return _region(resized, masks, top, left, height, width)
+
+
+def _region(sample: Sample, masks: Tensor | None, top: int, left: int, height: int, width: int) -> Sample:
+    """The region of a sample, and masks that are cut out already."""
+    if masks is None:
+        boxes = sample.boxes - _row(left, top, left, top)
+        boxes = torch.minimum(boxes, _row(width, height, width, height)).clamp(min=0)
+    else:
+        boxes = boxes_around(masks)
     sides = boxes[:, 2:] - boxes[:, :2]
-    keep = (sides > 0).all(dim=1)
-    return replace(
-        sample,
-        image=kernels.crop_image(sample.image, top, left, height, width),
-        boxes=boxes[keep],
-        labels=sample.labels[keep],
-        area=(sides[:, 0] * sides[:, 1])[keep],
-        iscrowd=sample.iscrowd[keep],
-    )
+    image = kernels.crop_image(sample.image, top, left, height, width)
+    whole = replace(sample, image=image, boxes=boxes, area=sides[:, 0] * sides[:, 1], masks=masks)
+    return whole.only((sides > 0).all(dim=1))
 
 
 def resize(sample: Sample, size: Size) -> Sample:
-    """Bilinear with antialias to (height, width); boxes scale by the actual ratios, separately in x and y."""
+    """To (height, width): pixels bilinear with antialias, masks to the nearest pixel.
+
+    Boxes scale by the actual ratios, separately in x and y.
+    """
     (old_height, old_width), (height, width) = sample.size, size
     if (old_height, old_width) == (height, width):
         return sample
@@ -99,7 +138,20 @@ def resize(sample: Sample, size: Size) -> Sample:
         image=kernels.resize_image(_packed(sample.image), [height, width], antialias=True),
         boxes=sample.boxes * _row(ratio_x, ratio_y, ratio_x, ratio_y),
         area=sample.area * (ratio_x * ratio_y),
+        masks=None if sample.masks is None else _resized_masks(sample.masks, size, slice(None), slice(None)),
     )
+
+
+def _resized_masks(masks: Tensor, size: Size, top_to_bottom: slice, left_to_right: slice) -> Tensor:
+    """A region of masks that are resized as a whole.
+
+    Each pixel is the old one that its centre falls into, as with bilinear pixels; mmcv takes the corner instead.
+    """
+    rows, columns = (
+        ((np.arange(new)[part] + 0.5) * (old / new)).astype(np.int64)
+        for new, old, part in zip(size, masks.shape[1:], (top_to_bottom, left_to_right), strict=True)
+    )
+    return torch.from_numpy(masks.numpy().take(rows, axis=1).take(columns, axis=2))  # faster than torch's indexing
 
 
 def resized_size(size: Size, short_side: int, max_size: int | None) -> Size:
@@ -156,7 +208,7 @@ class RandomChoice:
         self.transforms = list(transforms)
 
     def __call__(self, sample: Sample, rng: torch.Generator) -> Sample:
-        return self.transforms[_integer(0, len(self.transforms) - 1, rng)](sample, rng)
+        return self.transforms[random_integer(0, len(self.transforms) - 1, rng)](sample, rng)
 
 
 class RandomHorizontalFlip:
@@ -226,8 +278,8 @@ class Resize:
     """
 
     def __init__(self, short_side: int | None = None, max_size: int | None = None) -> None:
-        self.short_side = None if short_side is None else _checked_length(short_side, "short_side")
-        self.max_size = None if max_size is None else _checked_length(max_size, "max_size")
+        self.short_side = None if short_side is None else checked_length(short_side, "short_side")
+        self.max_size = None if max_size is None else checked_length(max_size, "max_size")
 
     def __call__(self, sample: Sample, rng: torch.Generator) -> Sample:
         short_side = min(sample.size) if self.short_side is None else self.short_side
@@ -248,7 +300,7 @@ class RandomResize:
         self.sizes = [Resize(short_side, max_size) for short_side in short_sides]
 
     def __call__(self, sample: Sample, rng: torch.Generator) -> Sample:
-        return self.sizes[_integer(0, len(self.sizes) - 1, rng)](sample, rng)
+        return self.sizes[random_integer(0, len(self.sizes) - 1, rng)](sample, rng)
 
 
 class RandomSizeCrop:
@@ -267,10 +319,10 @@ class RandomSizeCrop:
 
     def __call__(self, sample: Sample, rng: torch.Generator) -> Sample:
         image_height, image_width = sample.size
-        width = _integer(min(self.min_size, image_width), min(self.max_size, image_width), rng)
-        height = _integer(min(self.min_size, image_height), min(self.max_size, image_height), rng)
-        top = _integer(0, image_height - height, rng)
-        left = _integer(0, image_width - width, rng)
+        width = random_integer(min(self.min_size, image_width), min(self.max_size, image_width), rng)
+        height = random_integer(min(self.min_size, image_height), min(self.max_size, image_height), rng)
+        top = random_integer(0, image_height - height, rng)
+        left = random_integer(0, image_width - width, rng)
         return crop(sample, top, left, height, width)
 
 
@@ -289,7 +341,8 @@ def _checked_probability(probability: float) -> float:
     return probability
 
 
-def _checked_length(length: int, name: str) -> int:
+def checked_length(length: int, name: str) -> int:
+    """The same length; ValueError if it is none."""
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise ValueError(f"{name} must be a length in pixels, a whole number of 1 or more, not {length!r}")
     return length
@@ -299,6 +352,6 @@ def _happens(probability: float, rng: torch.Generator) -> bool:
     return torch.rand((), generator=rng).item() < probability
 
 
-def _integer(low: int, high: int, rng: torch.Generator) -> int:
+def random_integer(low: int, high: int, rng: torch.Generator) -> int:
     """A whole number from low to high, both included."""
     return int(torch.randint(low, high + 1, (), generator=rng).item())

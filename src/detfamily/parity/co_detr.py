@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from detfamily.auxiliary import ATSS, FasterRCNN
-from detfamily.auxiliary.atss import centerness_of
 from detfamily.auxiliary.collaboration import Collaboration, PositiveEmbedding
+from detfamily.auxiliary.quality import centerness_of
 from detfamily.auxiliary.samplers import RandomSampler, Sample
-from detfamily.auxiliary.structures import BACKGROUND, IGNORED, Objects, Positives, shapes_of
+from detfamily.auxiliary.structures import BACKGROUND, OUTSIDE, Objects, Positives, shapes_of
 from detfamily.blocks.denoising import Denoising, Draws
 from detfamily.build import build_criterion, build_detector, build_postprocess
 from detfamily.checkpoints.adapter import Adapter
@@ -391,28 +391,29 @@ def _of_atss(atss: ATSS, maps: list[Tensor], images: Images, objects: Objects, o
     shapes = shapes_of(maps)
     anchors = atss.anchors(shapes, objects.boxes_xyxy)
     assigned = atss.assign(anchors, shapes, images, objects)
-    logits, deltas, centerness = atss.predict(maps)
+    said = atss.predict(maps)
+    assert said.quality is not None
     boxes, labels = objects.at(assigned)
     ours = {
-        "atss.cls_score": logits,
-        "atss.bbox_pred": deltas,
-        "atss.centerness": centerness[..., None],
-        "atss.anchors_valid_else_zero": torch.where(assigned[..., None] == IGNORED, 0.0, anchors),
+        "atss.cls_score": said.logits,
+        "atss.bbox_pred": said.steps,
+        "atss.centerness": said.quality[..., None],
+        "atss.anchors_valid_else_zero": torch.where(assigned[..., None] == OUTSIDE, 0.0, anchors),
     }
     for image, own in enumerate(assigned):
         ours |= {
-            f"atss.{image}.labels": torch.where(own >= 0, labels[image], atss.class_head.out_channels),
+            f"atss.{image}.labels": torch.where(own >= 0, labels[image], atss.num_classes),
             f"atss.{image}.pos_inds": (own >= 0).nonzero()[:, 0],
             f"atss.{image}.pos_boxes": boxes[image][own >= 0],
-            f"atss.{image}.valid": own != IGNORED,
+            f"atss.{image}.valid": own != OUTSIDE,
         }
     divisors = _atss_divisors(anchors, assigned, boxes)
     start = 0
     for level, (height, width) in enumerate(shapes):
         here = torch.zeros_like(assigned, dtype=torch.bool)
         here[:, start : start + height * width] = True
-        part = torch.where(here, assigned, IGNORED)
-        losses = atss._losses(logits, deltas, centerness, anchors, part, objects)
+        part = torch.where(here, assigned, OUTSIDE)
+        losses = atss.losses_of(said, anchors, part, objects)
         own_divisors = _atss_divisors(anchors, part, boxes)
         for name, official in (("class", "cls1"), ("giou", "bbox1"), ("centerness", "centerness1")):
             value = losses[name] * own_divisors[name] / divisors[name] * atss.weights[name] * own_weight

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from detfamily.build import build_detector
 from detfamily.data.batches import collate
 from detfamily.data.images import read_image
+from detfamily.data.large_scale_jitter import on_canvas
 from detfamily.detector import Detector
 from detfamily.engine.checkpoint import require
 from detfamily.errors import ConfigError, DetfamilyError
@@ -131,7 +132,7 @@ def _draw_all(
                 print(f"broken: {error}", file=sys.stderr, flush=True)
                 failed += 1
                 continue
-            _draw_image(restored, detectors, _at_place(request, place, pixels), pixels, folder / name)
+            _draw_image(restored, detectors, request, place, pixels, folder / name)
             bar.advance()
     return failed
 
@@ -144,19 +145,21 @@ def _folders(names: Sequence[Path]) -> list[Path]:
 
 
 def _draw_image(
-    restored: Restored, detectors: dict[str, Detector], request: Request, pixels: Tensor, folder: Path
+    restored: Restored, detectors: dict[str, Detector], request: Request, place: Any, pixels: Tensor, folder: Path
 ) -> None:
     images = collate([as_sample(pixels, restored.transform)]).images.to(restored.device)
+    (canvas_size,) = images.canvas_sizes
+    request, shown = _at_place(request, place, pixels, canvas_size), on_canvas(pixels, canvas_size)
     looks = {state: look_at(detector, images) for state, detector in detectors.items()}
     names = restored.label_map.by_label()
     drawn = []
-    for name, picture in explain(pixels, looks, request, cast("nn.Module", restored.postprocess.scores), names):
+    for name, picture in explain(shown, looks, request, cast("nn.Module", restored.postprocess.scores), names):
         save(picture, folder / f"{name}.png")
         drawn.append(picture)
     save(contact_sheet(drawn), folder / SHEET)
 
 
-def _at_place(request: Request, place: Any, pixels: Tensor) -> Request:
+def _at_place(request: Request, place: Any, pixels: Tensor, canvas_size: tuple[float, float]) -> Request:
     if place is None:
         return request
     height, width = pixels.shape[1:]
@@ -166,7 +169,7 @@ def _at_place(request: Request, place: Any, pixels: Tensor) -> Request:
         raise ConfigError(
             f"place={place}: expected [x,y] in pixels of the image, which has {width}x{height} (width x height)"
         )
-    return replace(request, place=((numbers[0] + 0.5) / width, (numbers[1] + 0.5) / height))
+    return replace(request, place=((numbers[0] + 0.5) / canvas_size[1], (numbers[1] + 0.5) / canvas_size[0]))
 
 
 def _numbers(name: str, value: Any, expected: str, most: int | None = None) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from detfamily.data.batches import collate
+from detfamily.data.large_scale_jitter import on_canvas
 from detfamily.detector import Detector
 from detfamily.visualize.explain import Request, explain
 from detfamily.visualize.look import look_at
@@ -42,8 +43,9 @@ def draw_attention(
     """
     for index in range(min(count, len(dataset))):
         stored = dataset.load(index)
-        look = look_at(detector, collate([dataset[index]]).images.to(device))
-        sheet = contact_sheet([picture for _, picture in explain(stored.image, {"": look}, request, scores, names)])
+        images = collate([dataset[index]]).images.to(device)
+        look, shown = look_at(detector, images), on_canvas(stored.image, images.canvas_sizes[0])
+        sheet = contact_sheet([picture for _, picture in explain(shown, {"": look}, request, scores, names)])
         path = folder / f"{stored.image_id}.png"
         save(sheet, path)
         yield stored.image_id, path

@@ -50,6 +50,7 @@ class BoxTable:
 
     Attributes:
         ids: (M) as in the file; None where there is none.
+        rows: (M,) int64 places in the file's list of annotations.
         image_index: (M,) int64, rows of the ``ImageTable``.
         category_ids: (M,) int64.
         xywh: (M, 4) float64 x, y, width, height in pixels, as in the file.
@@ -58,6 +59,7 @@ class BoxTable:
     """
 
     ids: tuple[int | None, ...]
+    rows: NDArray[np.int64]
     image_index: NDArray[np.int64]
     category_ids: NDArray[np.int64]
     xywh: NDArray[np.float64]
@@ -263,7 +265,13 @@ def _boxes(
     chosen = np.flatnonzero(table.usable & (image_index >= 0))
     order = chosen[np.argsort(image_index[chosen], kind="stable")]
     return BoxTable(
-        tuple(ids[at] for at in order), image_index[order], category_ids[order], xywh[order], area[order], crowd[order]
+        ids=tuple(ids[at] for at in order),
+        rows=order,
+        image_index=image_index[order],
+        category_ids=category_ids[order],
+        xywh=xywh[order],
+        area=area[order],
+        crowd=crowd[order],
     )
 
 
