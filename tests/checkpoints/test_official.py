@@ -464,9 +464,7 @@ def test_panoptic_models_are_refused_by_name(stored_json: Read) -> None:
 
 def test_files_of_other_projects_are_told_apart() -> None:
     state = {f"bbox_head.transformer.encoder.layers.{n}.norms.0.bias": torch.zeros(2) for n in range(6)}
-    with pytest.raises(
-        CheckpointError, match="is a file of mmdetection other.*adapters for the official files of fa"
-    ):
+    with pytest.raises(CheckpointError, match="is a file of mmdetection other.*adapters for the official files of fa"):
         read_official({"model": state}, Path("a.pth"))
     detr, _, _ = small("detr")
     with pytest.raises(CheckpointError, match="keeps its weights as 'state_dict'; official files have them as 'model'"):

@@ -44,7 +44,11 @@ PLACES: dict[str, Place] = {
 
 _PUBLISHED = {
     ("co_dino", "resnet50", 6, 900, ""): "co_dino_r50_5scale_12ep",
+    ("co_dino", "resnet50", 6, 900, "lsj"): "co_dino_r50_5scale_lsj_12ep",
+    ("co_dino", "resnet50", 9, 900, "lsj"): "co_dino_r50_5scale_9enc_lsj_12ep",
     ("co_dino", "swin_l_384_22k", 6, 900, ""): "co_dino_swin_l_5scale_12ep",
+    ("co_dino", "swin_l_384_22k", 6, 900, "lsj"): "co_dino_swin_l_5scale_lsj_12ep",
+    ("co_dino", "swin_l_384_22k", 6, 900, "o365"): "co_dino_swin_l_5scale_o365_16ep",
     ("co_deformable_detr", "resnet50", 6, 300, ""): "co_deformable_detr_r50_12ep",
     ("co_deformable_detr", "swin_t", 6, 300, ""): "co_deformable_detr_swin_t_12ep",
     ("co_deformable_detr", "swin_s", 6, 300, ""): "co_deformable_detr_swin_s_12ep",
@@ -239,6 +243,7 @@ def _images(evidence: Evidence) -> str:
     name = Path(evidence.source).name.lower()
     if "o365tococo" in name:
         return "o365"
+    # without the mask, padding counts as image: so in the squares of large-scale jitter alone
     return "lsj" if not evidence.args.get("with_attn_mask", "lsj" not in name) else ""
 
 
