@@ -9,17 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from detfamily.build import build_detector
-from detfamily.checkpoints import adapter_for
 from detfamily.checkpoints.evidence import Evidence
 from detfamily.checkpoints.official import computation, label_map_for, read_official, to_official, translate
 from detfamily.checkpoints.registry import UPSTREAMS
 from detfamily.checkpoints.transfer import read_initial, start_from
+from detfamily.cli import main
 from detfamily.config import compose, to_container
 from detfamily.data.labels import LabelMap
+from detfamily.engine.checkpoint import load_model, load_weights
 from detfamily.errors import CheckpointError, DataError
+from detfamily.structures import Images
 
 Read = Callable[[str], dict[str, Any]]
 MODELS = {
@@ -242,6 +245,27 @@ FOREIGN = {
     "mask_iou_head.fc_mask_iou.bias": "learns masks",
     "query_head.transformer.reference_points.weight": "of one stage",
 }
+SIZES = {
+    # a file that says how images were made ready, in its name or in its config: the recipe
+    ("a.pth", 6, None): "co_dino_r50_5scale_12ep",
+    ("co_dino_5scale_lsj_r50_3x_coco.pth", 6, None): "co_dino_r50_5scale_lsj_12ep",
+    ("a.pth", 9, False): "co_dino_r50_5scale_9enc_lsj_12ep",
+    ("a.pth", 9, True): None,
+}
+
+
+@pytest.mark.parametrize(("told", "experiment"), SIZES.items())
+def test_large_scale_jitter_shows_in_names_or_configs(
+    stored_json: Read, told: tuple[str, int, bool | None], experiment: str | None
+) -> None:
+    name, layers, mask = told
+    state, last = stand_ins(stored(stored_json, "co_dino_5scale_r50")), "query_head.transformer.encoder.layers.5."
+    for layer in range(6, layers):
+        copies = {key.replace("layers.5.", f"layers.{layer}."): v for key, v in state.items() if key.startswith(last)}
+        state |= copies
+    meta = {} if mask is None else {"config": f"model = dict(with_attn_mask={mask})"}
+    found = translate(mmcv_file(state, name, **meta))
+    assert found.variant.experiment == experiment and found.config["encoder"]["num_layers"] == layers
 
 
 @pytest.mark.parametrize(("name", "words"), FOREIGN.items())
@@ -380,9 +404,34 @@ def test_a_training_takes_rows_of_all_heads_by_name(tmp_path: Path) -> None:
     assert all(torch.equal(now[name], old[name]) for name in rest)
 
 
-def test_the_adapter_is_the_one_of_both_families() -> None:
-    with torch.device("meta"):
-        detector = build_detector(made("dino")[0], 3, pretrained=False)
-    for family in ("co_dino", "co_deformable_detr"):
-        names = adapter_for(family, detector).to_official(detector.state_dict())
-        assert "query_head.transformer.query_embed.weight" in names
+# -- the commands ------------------------------------------------------------------------------------------------------
+
+
+def test_from_a_file_of_mmcv_to_ours_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = official("dino")
+    torch.save({**content, "optimizer": {}}, tmp_path / "a.pth")
+    main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "all.pt")])
+    shown = capsys.readouterr().out
+    assert "Sense-X/Co-DETR" in shown and "family=co_dino" in shown and "3 columns: boat, buoy, cat" in shown
+    main(["convert", str(tmp_path / "all.pt"), str(tmp_path / "back.pth")])
+    assert "3 columns, 3 categories" in capsys.readouterr().out
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert back["meta"]["CLASSES"] == NAMES and back["state_dict"].keys() == content["state_dict"].keys()
+    assert all(torch.equal(value, content["state_dict"][key]) for key, value in back["state_dict"].items())
+    words = ["auxiliary=none", "denoising=none"]
+    main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "light.pt"), *words])
+    assert "45 tensors for training alone (query_head.label_embedding.weight, " in capsys.readouterr().out
+    said = [answers(tmp_path / name) for name in ("all.pt", "light.pt")]
+    assert torch.equal(*said)
+
+
+def answers(path: Path) -> Tensor:
+    """The logits of the model in a file."""
+    loaded = load_model(path)
+    detector = build_detector(OmegaConf.create(loaded.config), 3, pretrained=False).eval()
+    load_weights(detector, loaded.weights, path)
+    pixels = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    images = Images(pixels, torch.zeros(1, 64, 96, dtype=torch.bool), ((64, 96),), ((64, 96),), (0,))
+    with torch.inference_mode():
+        said: Tensor = detector(images)["match"].logits
+    return said

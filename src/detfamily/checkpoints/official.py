@@ -36,6 +36,8 @@ from detfamily.errors import CheckpointError, ConfigError, DataError
 _NOISE = re.compile(r"(^|\.)(total_ops|total_params|num_batches_tracked)$")
 _AVERAGED = "ema_model"
 _CHOOSES_MODEL = ("family", "experiment")
+_CHOOSES_PARTS = ("data", "backbone", "decoder", "denoising", "auxiliary")
+"""Choices after which a setting that the file tells may have no place."""
 _ROOT_LATER = "data.root=''"
 """A data set is named when the model is used, not when its file is converted."""
 
@@ -314,7 +316,7 @@ def _overrides(variant: Variant, given: Sequence[str], labels: str) -> list[str]
         chosen = [*variant.choices, "data=coco"]
     chosen = [one for one in chosen if one.partition("=")[0].lstrip("+") not in keys]
     data = [] if "data.root" in keys else [_ROOT_LATER]
-    groups = [one for one in given if one.partition("=")[0] in (*_CHOOSES_MODEL, "data", "backbone", "decoder")]
+    groups = [one for one in given if one.partition("=")[0] in (*_CHOOSES_MODEL, *_CHOOSES_PARTS)]
     base = compose("train", [*chosen, *groups, *data])
     if base.data.get("labels", labels) != labels and "data.labels" not in keys and "data" not in keys:
         data.append(f"data.labels={labels}")
