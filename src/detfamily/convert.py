@@ -24,7 +24,7 @@ from detfamily.checkpoints.official import (
     translate,
 )
 from detfamily.checkpoints.read import read_file
-from detfamily.checkpoints.registry import UPSTREAMS, recognise
+from detfamily.checkpoints.registry import UPSTREAMS
 from detfamily.checkpoints.variant import IN_TRAINING, as_override
 from detfamily.config import validate
 from detfamily.data.coco import read_object
@@ -44,8 +44,9 @@ def convert(words: Sequence[str]) -> Path:
     An official file becomes a checkpoint of ours that knows its config and labels, so that ``detfamily evaluate``,
     ``predict`` and ``init_from`` need nothing else. Overrides of ``detfamily train`` change that config.
     ``categories=`` is the COCO json whose categories the columns of the class head stand for; without it, 91 columns
-    are COCO's. A checkpoint of ours becomes an official file, {model, args}. ``ema=`` says whether to take averaged
-    weights; without it, those of our files are taken where there are any, and the trained ones of official files.
+    are COCO's, and of Co-DETR 80. A checkpoint of ours becomes an official file, {model, args}, or of Co-DETR {meta,
+    state_dict}. ``ema=`` says whether to take averaged weights; without it, those of our files are taken where there
+    are any, and of official files those that the official code evaluates.
 
     Returns:
         The file that was written.
@@ -85,13 +86,15 @@ def _check_words(words: Sequence[str]) -> None:
 def _to_ours(
     content: Any, source: Path, target: Path, categories: str | None, ema: bool | None, overrides: Sequence[str]
 ) -> list[tuple[str, str]]:
-    file = read_official(content, source, bool(ema))
-    label_map = None if categories is None else _label_map(Path(categories), file.columns)
+    file = read_official(content, source, ema)
+    by_id = not UPSTREAMS[file.family].of_mmcv
+    label_map = None if categories is None else _label_map(Path(categories), file.columns, by_id)
     found = translate(file, overrides, label_map)
     if found.label_map is None:
         raise CheckpointError(
-            f"{source} does not say what the {file.columns} columns of its class head stand for ({COLUMNS} would be "
-            "COCO's): add categories=ANNOTATIONS.json, the COCO json that it was trained on"
+            f"{source} does not say what the {file.columns} columns of its class head stand for "
+            f"({COLUMNS if by_id else 80} would be COCO's): add categories=ANNOTATIONS.json, the COCO json that it was "
+            "trained on"
         )
     origin = {
         "repository": found.repository,
@@ -124,6 +127,8 @@ def _words(found: Translated) -> list[tuple[str, str]]:
         ("tensors", f"{len(file.state)} read{ignored}; {len(found.weights)} written, {numbers / 1e6:.2f} M numbers"),
         ("labels", f"{found.label_map.num_classes} columns: {label_words(found.label_map.names)}"),
     ]
+    if found.left_out:
+        rows.append(("left out", f"{len(found.left_out)} tensors for training alone ({listed(found.left_out, 3)})"))
     given = {one.partition("=")[0] for one in found.overrides}
     assumed = [
         f"{as_override(key, variant.fields[key])} ({why})"
@@ -156,12 +161,12 @@ def _name_doubts(path: Path) -> list[str]:
     return [f"its SHA-256 begins with {digest[:8]}, not with {named[1]}: it is not the published file of that name"]
 
 
-def _label_map(path: Path, number: int) -> LabelMap:
+def _label_map(path: Path, number: int, by_id: bool) -> LabelMap:
     content = read_object(path.expanduser())
     categories = content.get("categories")
     if not isinstance(categories, list) or not all(isinstance(one, dict) for one in categories) or not categories:
         raise DataError(f"{path} has no list 'categories'; expected a COCO json, the annotations of the training")
-    return label_map_for(categories, number, str(path))
+    return label_map_for(categories, number, str(path), by_id)
 
 
 def _to_official(state: dict[str, Any], source: Path, target: Path, ema: bool | None) -> list[tuple[str, str]]:
@@ -183,11 +188,14 @@ def _to_official(state: dict[str, Any], source: Path, target: Path, ema: bool | 
         write_atomically(target, lambda file: torch.save(content, file))
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"cannot write {target}: {error}") from error
-    rows = content["args"]["num_classes"]
-    moved = "" if official_label_map(label_map) == label_map else ", moved to the columns of their category ids"
+    file = read_official(content, target)
+    upstream = UPSTREAMS[file.family]
+    columns = "of the categories alone" if upstream.of_mmcv else "of their category ids"
+    moved = "" if official_label_map(label_map, upstream) == label_map else f", moved to the columns {columns}"
+    places = ("state_dict", "meta") if upstream.of_mmcv else ("model", "args")
     return [
-        ("written as", f"{UPSTREAMS[recognise(content['model'], str(target), content['args'])].repository}: {target}"),
+        ("written as", f"{upstream.repository}: {target}"),
         ("weights", "the averaged ones" if averaged else "the trained ones"),
-        ("tensors", f"{len(content['model'])}, under 'model'; settings under 'args'"),
-        ("labels", f"{rows} columns, {label_map.num_categories} categories{moved}"),
+        ("tensors", f"{len(file.state)}, under '{places[0]}'; settings under '{places[1]}'"),
+        ("labels", f"{file.columns} columns, {label_map.num_categories} categories{moved}"),
     ]

@@ -17,6 +17,7 @@ from detfamily.config.registry import configs_dir
 FOLDER = configs_dir() / "auxiliary"
 HEADS = sorted(file.stem for file in FOLDER.glob("*.yaml") if file.stem != "none")
 MODEL = {"embed_dim": 32, "num_classes": 5, "anchor_scale": 0.5, "region_scale": 56.0}
+MODEL |= {"num_regions": 512, "region_dim": 1024}
 
 
 TOWERS = 2 * (9 * 256 * 256 + 2 * 256)

@@ -189,6 +189,16 @@ def test_modulation_divides_rows_by_heights_and_columns_by_widths() -> None:
         torch.testing.assert_close(given.sine[image, n], torch.tensor(expected), rtol=1e-5, atol=1e-5)
 
 
+def test_modulation_by_no_size_at_all_stays_finite() -> None:
+    ours, queries = AnchorPosition(WIDTH, modulate_wh=True, cross_sine=True), object_queries()
+    assert queries.reference_points is not None
+    queries.reference_points[0, 0] = 0
+    sine = ours(1, queries, memory()).sine
+    assert sine is not None and sine.isfinite().all()
+    sine.sum().backward()
+    assert all(one.grad is None or one.grad.isfinite().all() for one in ours.parameters())
+
+
 @pytest.mark.parametrize("dim", [2, 4])
 @torch.no_grad()
 def test_places_in_the_padded_batch(dim: int) -> None:

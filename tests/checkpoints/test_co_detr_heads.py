@@ -6,25 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
+from detfamily.build import with_num_classes
 from detfamily.checkpoints.adapter import Adapter
 from detfamily.checkpoints.co_detr_heads import rules
-from detfamily.config import build
-from detfamily.config.registry import configs_dir
+from detfamily.config import build, compose
 
 
 def published() -> nn.ModuleDict:
     """Those of Co-DINO, as shapes alone."""
-    model = {"embed_dim": 256, "num_classes": 80, "anchor_scale": 1.0}
-    found = {}
+    cfg = with_num_classes(compose("train", ["family=co_dino"]), 80)
     with torch.device("meta"):
-        for name in ("faster_rcnn", "atss"):
-            own = OmegaConf.load(configs_dir() / "auxiliary" / f"{name}.yaml")
-            head = build(OmegaConf.create({"model": model, "auxiliary": own}).auxiliary)
-            found[name] = head(strides=[4, 8, 16, 32, 64, 128])
-    return nn.ModuleDict(found)
+        heads = [build(one)(strides=[4, 8, 16, 32, 64, 128]) for one in cfg.auxiliary]
+    return nn.ModuleDict({head.name: head for head in heads})
 
 
 def test_all_names_of_a_published_file_there_and_back(stored_json: Callable[[str], dict[str, Any]]) -> None:

@@ -462,10 +462,13 @@ def test_panoptic_models_are_refused_by_name(stored_json: Read) -> None:
         official(state, args)
 
 
-def test_files_of_other_projects_are_told_apart(goldens: Path) -> None:
-    state = load_file(goldens / "co_detr/co_dino_train" / "weights.safetensors")
-    with pytest.raises(CheckpointError, match="is a file of mmdetection.*adapters for the official files of facebook"):
+def test_files_of_other_projects_are_told_apart() -> None:
+    state = {f"bbox_head.transformer.encoder.layers.{n}.norms.0.bias": torch.zeros(2) for n in range(6)}
+    with pytest.raises(CheckpointError, match="is a file of mmdetection other.*adapters for the official files of fa"):
         read_official({"model": state}, Path("a.pth"))
+    detr, _, _ = small("detr")
+    with pytest.raises(CheckpointError, match="keeps its weights as 'state_dict'; official files have them as 'model'"):
+        read_official({"meta": {}, "state_dict": detr}, Path("a.pth"))
 
 
 def test_relatives_are_told_apart_by_what_they_have_besides() -> None:

@@ -54,6 +54,15 @@ def test_lengths_keep_their_ratio_up_to_a_limit():
     assert of("deformable_detr/epochs", "mini", "schedule.epochs=1")["150 epochs"].images == base / 10
 
 
+def test_what_a_recipe_says_of_a_backbone_goes_with_it():
+    found = of("co_detr/heads")["DINO Swin-L 36 epochs K=0"]
+    assert compose("train", ["experiment=dino_swin_l_5scale_36ep", "data.root=."]).backbone.drop_path == 0.2
+    assert found.config["backbone"].keys() == {"_target_", "stem_width", "widths", "stages"}
+    whole = of("co_detr/heads", "coco", "data.root=.")["DINO Swin-L 36 epochs K=0"]
+    assert whole.config["backbone"]["drop_path"] == 0.2
+    assert whole.overrides == ("experiment=dino_swin_l_5scale_36ep", "+scale=coco", "data.root=.")
+
+
 def test_rows_that_need_more_than_the_scale_has_bring_the_whole_table_along():
     assert {one.config["backbone"]["_target_"].rpartition(".")[2] for one in of("deformable_detr/scales").values()} == {
         "ResNet"

@@ -95,7 +95,7 @@ class Adapter:
                 continue
             found = self._rule_and_names(name)
             if found is None:
-                if not any(pattern.search(name) for pattern in self.ignored):
+                if not self.ignores(name):
                     unknown.append(name)
                 continue
             rule, targets = found
@@ -154,6 +154,10 @@ class Adapter:
         """Our tensors that an official one becomes or follows from; none if no rule fits."""
         found = self._rule_and_names(official)
         return () if found is None else found[1]
+
+    def ignores(self, official: str) -> bool:
+        """Whether an official tensor may be left unused."""
+        return any(pattern.search(official) for pattern in self.ignored)
 
     def _rule_and_names(self, official: str) -> tuple[Rule, tuple[str, ...]] | None:
         """The rule for an official tensor, and our names for it."""

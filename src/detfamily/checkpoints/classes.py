@@ -15,7 +15,11 @@ LABEL_EMBED = "denoising.label_embed.weight"
 """A row per class, and a last one for "unknown", which queries without content of their own start from (DN-DETR), and
 else nobody reads (DINO)."""
 
-_CLASS_ROWS = re.compile(rf"(heads\.class_heads\.\d+|query_source\.class_head)\.(weight|bias)|{re.escape(LABEL_EMBED)}")
+_BOXES_BY_CLASS = re.compile(r"auxiliary\.heads\.\w+\.roi\.box_head\.(weight|bias)")
+_CLASS_ROWS = re.compile(
+    r"(heads\.class_heads\.\d+|query_source\.class_head|auxiliary\.heads\.\w+\.(roi\.)?class_head)\.(weight|bias)|"
+    rf"{_BOXES_BY_CLASS.pattern}|{re.escape(LABEL_EMBED)}"
+)
 _PROPOSALS = "query_source.class_head."
 
 
@@ -43,8 +47,29 @@ def compare(source: LabelMap, target: LabelMap) -> ByName:
 
 
 def is_class_row(name: str) -> bool:
-    """Whether a tensor (our name) has a row per class along its first axis."""
+    """Whether a tensor (our name) has a row per class along its first axis, or several (``by_class``)."""
     return _CLASS_ROWS.fullmatch(name) is not None
+
+
+def by_class(name: str, tensor: Tensor, num_classes: int) -> Tensor:
+    """A tensor with rows of classes as (K [+ 1], ...).
+
+    Of auxiliary heads, regions have four numbers of a box for each class in turn, and anchors all classes for each
+    shape in turn: these become further axes.
+    """
+    rows = len(tensor)
+    if rows % num_classes or rows <= num_classes + 1:
+        return tensor
+    if _BOXES_BY_CLASS.fullmatch(name):
+        return tensor.unflatten(0, (num_classes, -1))
+    return tensor.unflatten(0, (-1, num_classes)).transpose(0, 1)
+
+
+def from_class(name: str, rows: Tensor, like: Tensor) -> Tensor:
+    """The opposite of ``by_class``, for a tensor with as many axes as ``like``."""
+    if rows.ndim == like.ndim:
+        return rows
+    return (rows if _BOXES_BY_CLASS.fullmatch(name) else rows.transpose(0, 1)).flatten(0, 1)
 
 
 def is_first_row_special(name: str) -> bool:

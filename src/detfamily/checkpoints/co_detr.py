@@ -1,10 +1,16 @@
-"""Names of Co-DETR (Sense-X/Co-DETR): mmdet's names of Co-Deformable-DETR and Co-DINO, with ResNet or Swin."""
+"""Names of Co-DETR (Sense-X/Co-DETR): mmdet's names of Co-Deformable-DETR and Co-DINO, with ResNet or Swin.
+
+Auxiliary heads and embedded labels are for training alone: published files have them, and ones that were stripped for
+inference have not.
+"""
 
 from __future__ import annotations
 
-from typing import cast
+import re
+from collections.abc import Iterable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from detfamily.auxiliary.collaboration import Collaboration
 from detfamily.backbones.swin import Swin
@@ -12,24 +18,64 @@ from detfamily.blocks.denoising import Denoising
 from detfamily.blocks.neck import ChannelMapper
 from detfamily.checkpoints import co_detr_heads, swin
 from detfamily.checkpoints.adapter import Adapter, Form, Join, Rename, Rule
+from detfamily.checkpoints.classes import LABEL_EMBED
 from detfamily.checkpoints.detr import dense
 from detfamily.detector import Detector
 
-_TRANSFORMER = "query_head.transformer."
-_ENCODER, _DECODER = f"{_TRANSFORMER}encoder.layers.{{n}}.", f"{_TRANSFORMER}decoder.layers.{{n}}."
+TRANSFORMER = "query_head.transformer."
+_ENCODER, _DECODER = f"{TRANSFORMER}encoder.layers.{{n}}.", f"{TRANSFORMER}decoder.layers.{{n}}."
+
+CLASS_HEAD = "query_head.cls_branches.0.weight"
+
+LABEL_BOOK = "query_head.label_embedding.weight"
+"""Embedded labels, one for each class; here there is one more, which nobody reads."""
+
+DINO_MARKS = (
+    f"{TRANSFORMER}level_embeds",
+    f"{TRANSFORMER}query_embed.weight",
+    f"{TRANSFORMER}decoder.ref_point_head.0.weight",
+    f"{TRANSFORMER}decoder.norm.weight",
+    CLASS_HEAD,
+)
+DEFORMABLE_MARKS = (
+    f"{TRANSFORMER}level_embeds",
+    f"{TRANSFORMER}pos_trans.weight",
+    f"{TRANSFORMER}pos_trans_norm.weight",
+    "query_head.query_embedding.weight",
+    CLASS_HEAD,
+)
+"""Names that every file of the one and of the other has."""
+
+_OF_HEADS = (
+    r"^(rpn_head|roi_head|bbox_head)\.",
+    r"^query_head\.downsample\.",
+    r"^query_head\.transformer\.(aux_pos_trans|aux_pos_trans_norm|pos_feats_trans|pos_feats_norm|head_pos_embed)\.",
+)
+"""What auxiliary heads have, and their positives need to become queries: in training alone."""
+
+
+def is_file(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are Co-DETR's; mmdet's own detectors have nothing of that name."""
+    return any(name.startswith(TRANSFORMER) for name in names)
 
 
 def adapter(detector: Detector) -> Adapter:
-    """Rules for the levels, heads and queries that this detector has."""
+    """Rules for the levels, heads and queries that this detector has; what it trains without is left out."""
+    neck, auxiliary, denoising = detector.neck, detector.auxiliary, detector.denoising
     return Adapter(
         [
             *_backbone(detector.backbone),
-            *_neck(cast("ChannelMapper", detector.neck)),
+            *(_neck(neck) if isinstance(neck, ChannelMapper) else []),
             *_heads(len(detector.decoder.layers)),
             *_layers(),
-            *_queries(detector.denoising),
-            *([] if detector.auxiliary is None else _auxiliary(detector.auxiliary)),
-        ]
+            *_queries(detector.decoder.query_position.reads_pos),
+            *([] if auxiliary is None else _auxiliary(auxiliary)),
+            *([] if denoising is None else [_label_book(denoising)]),
+        ],
+        ignored=[
+            *(_OF_HEADS if auxiliary is None else ()),
+            *([rf"^{re.escape(LABEL_BOOK)}$"] if denoising is None else []),
+        ],
     )
 
 
@@ -84,29 +130,38 @@ def _layers() -> list[Rule]:
             for side, place in (("encoder", _ENCODER), ("decoder", _DECODER))
             for linear, name in (("linear1", "0.0"), ("linear2", "1"))
         ),
-        Rename("decoder.norm.{rest}", (f"{_TRANSFORMER}decoder.norm.{{rest}}",)),
-        Rename("level_embed.weight", (f"{_TRANSFORMER}level_embeds",)),
+        Rename("decoder.norm.{rest}", (f"{TRANSFORMER}decoder.norm.{{rest}}",)),
+        Rename("level_embed.weight", (f"{TRANSFORMER}level_embeds",)),
     ]
 
 
-def _queries(denoising: Denoising | None) -> list[Rule]:
+def _queries(have_positions: bool) -> list[Rule]:
     """Where Co-DINO differs from Co-Deformable-DETR, each name belongs to one of them."""
-    content = "query_head.query_embedding.weight" if denoising is None else f"{_TRANSFORMER}query_embed.weight"
+    content = "query_head.query_embedding.weight" if have_positions else f"{TRANSFORMER}query_embed.weight"
     return [
         Rename("query_source.content", (content,)),
-        Rename("query_source.memory_proj.{rest}", (f"{_TRANSFORMER}enc_output.{{rest}}",)),
-        Rename("query_source.memory_norm.{rest}", (f"{_TRANSFORMER}enc_output_norm.{{rest}}",)),
-        Rename("query_source.pos_proj.{rest}", (f"{_TRANSFORMER}pos_trans.{{rest}}",)),
-        Rename("query_source.pos_norm.{rest}", (f"{_TRANSFORMER}pos_trans_norm.{{rest}}",)),
+        Rename("query_source.memory_proj.{rest}", (f"{TRANSFORMER}enc_output.{{rest}}",)),
+        Rename("query_source.memory_norm.{rest}", (f"{TRANSFORMER}enc_output_norm.{{rest}}",)),
+        Rename("query_source.pos_proj.{rest}", (f"{TRANSFORMER}pos_trans.{{rest}}",)),
+        Rename("query_source.pos_norm.{rest}", (f"{TRANSFORMER}pos_trans_norm.{{rest}}",)),
         *(
             Rename(
                 f"decoder.query_position.position_head.layers.{n}.{{rest}}",
-                (f"{_TRANSFORMER}decoder.ref_point_head.{2 * n}.{{rest}}",),
+                (f"{TRANSFORMER}decoder.ref_point_head.{2 * n}.{{rest}}",),
             )
             for n in range(2)
         ),
-        Rename("denoising.label_embed.weight", ("query_head.label_embedding.weight",)),
     ]
+
+
+def _label_book(denoising: Denoising) -> Rule:
+    """The last row is added, a copy of the one before it, and left out again."""
+    rows, classes = denoising.label_embed.num_embeddings, denoising.num_classes
+
+    def with_unknown(book: Tensor) -> Tensor:
+        return torch.cat([book, book[-1:]]) if len(book) == classes < rows else book
+
+    return Rename(LABEL_EMBED, (LABEL_BOOK,), Form(with_unknown, lambda book: book[:classes]))
 
 
 def _auxiliary(auxiliary: Collaboration) -> list[Rule]:
@@ -121,11 +176,11 @@ def _auxiliary(auxiliary: Collaboration) -> list[Rule]:
     rules += co_detr_heads.rules("auxiliary.heads.")
     for index, name in enumerate(auxiliary.heads):
         rules += [
-            Rename(f"auxiliary.queries.{name}.{ours}.{{rest}}", (f"{_TRANSFORMER}{official}.{index}.{{rest}}",))
+            Rename(f"auxiliary.queries.{name}.{ours}.{{rest}}", (f"{TRANSFORMER}{official}.{index}.{{rest}}",))
             for ours, official in parts.items()
         ]
     codes = tuple(f"auxiliary.queries.{name}.code" for name in auxiliary.heads)
     count = len(codes)
     table = Form(lambda tensor: tensor.flatten(), lambda tensor: tensor.view(count, -1))
-    rules.append(Join(codes, f"{_TRANSFORMER}head_pos_embed.weight", 0, table))
+    rules.append(Join(codes, f"{TRANSFORMER}head_pos_embed.weight", 0, table))
     return rules

@@ -14,11 +14,19 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from detfamily.build import build_detector, with_num_classes
+from detfamily.checkpoints import mmcv
 from detfamily.checkpoints.adapter import Adapter, listed
-from detfamily.checkpoints.classes import is_class_row, is_first_row_special, move_rows, say_object
+from detfamily.checkpoints.classes import (
+    by_class,
+    from_class,
+    is_class_row,
+    is_first_row_special,
+    move_rows,
+    say_object,
+)
 from detfamily.checkpoints.coco_classes import COLUMNS, coco_label_map
 from detfamily.checkpoints.evidence import Evidence
-from detfamily.checkpoints.registry import UPSTREAMS, official_family, recognise, upstream_for
+from detfamily.checkpoints.registry import UPSTREAMS, Upstream, official_family, recognise, upstream_for
 from detfamily.checkpoints.variant import Variant, as_override, columns
 from detfamily.config import compose, to_container, validate
 from detfamily.data.labels import LabelMap
@@ -28,6 +36,8 @@ from detfamily.errors import CheckpointError, ConfigError, DataError
 _NOISE = re.compile(r"(^|\.)(total_ops|total_params|num_batches_tracked)$")
 _AVERAGED = "ema_model"
 _CHOOSES_MODEL = ("family", "experiment")
+_CHOOSES_PARTS = ("data", "backbone", "decoder", "denoising", "auxiliary")
+"""Choices after which a setting that the file tells may have no place."""
 _ROOT_LATER = "data.root=''"
 """A data set is named when the model is used, not when its file is converted."""
 
@@ -71,6 +81,7 @@ class Translated:
         file: where it comes from.
         variant: the model in our words.
         overrides: of ``detfamily train``, from which ``cfg`` was composed.
+        left_out: official names of what the file's model trains with and this one does not.
     """
 
     weights: dict[str, Tensor]
@@ -80,41 +91,71 @@ class Translated:
     file: OfficialFile
     variant: Variant
     overrides: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
     @property
     def repository(self) -> str:
         return UPSTREAMS[self.file.family].repository
 
 
-def read_official(content: Any, path: Path, averaged: bool = False) -> OfficialFile:
+def read_official(content: Any, path: Path, averaged: bool | None = None) -> OfficialFile:
     """Find the state dict and the settings in what a file holds, and whose they are.
 
     Args:
         content: what ``read_file`` gave.
         path: for messages.
-        averaged: take the averaged weights (EMA), which the official code keeps beside the trained ones.
+        averaged: take the averaged weights (EMA), which the official code keeps beside the trained ones, or the
+            trained ones; None takes those that the official code evaluates: of mmcv the averaged ones, where there are
+            some, and else the trained ones.
 
     Raises:
         CheckpointError: there is no state dict in it, or no averaged one; it holds something else than tensors, or no
             adapter knows it.
     """
     holder = content if isinstance(content, Mapping) else {}
-    state = _state(holder, content, path, averaged)
+    of_mmcv = mmcv.is_file(content)
+    state = content["state_dict"] if of_mmcv else _state(holder, content, path, bool(averaged))
     if not isinstance(state, Mapping) or not state:
         raise CheckpointError(f"{path} holds {_kind(state)}; expected a state dict, by itself or as its 'model'")
     settings = _settings(holder.get("args"))
     if "state_dict" in state and isinstance(state["state_dict"], Mapping):
         recognise([str(name) for name in state["state_dict"]], str(path), settings)
-        raise CheckpointError(f"{path} keeps its weights as 'state_dict'; official files have them as 'model'")
+        raise _no_such_layout(path)
     odd = [f"{name!r} ({_kind(value)})" for name, value in state.items() if not _is_weight(name, value)]
     if odd:
         raise CheckpointError(f"{path}: among its weights is what is no dense tensor with a name: {listed(odd, 4)}")
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
+    found = bool(averaged) if _AVERAGED in holder else None
+    if of_mmcv:
+        state, found = _of_two_sets(state, path, averaged)
     ignored = tuple(name for name in state if _NOISE.search(name))
     weights = {name: value for name, value in state.items() if not _NOISE.search(name)}
     family = recognise(weights, str(path), settings)
-    return OfficialFile(path, family, weights, settings, ignored, averaged if _AVERAGED in holder else None)
+    if (places := UPSTREAMS[family].places) is not None:
+        settings = mmcv.settings(holder.get("meta"), places)
+    elif of_mmcv:
+        raise _no_such_layout(path)
+    return OfficialFile(path, family, weights, settings, ignored, found)
+
+
+def _no_such_layout(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} keeps its weights as 'state_dict'; official files have them as 'model'")
+
+
+def _of_two_sets(
+    state: Mapping[str, Tensor], path: Path, averaged: bool | None
+) -> tuple[Mapping[str, Tensor], bool | None]:
+    """The averaged or the trained weights of a file of mmcv, and which of them; None where there is one set only."""
+    both = mmcv.averages(state)
+    if both is None:
+        if averaged:
+            raise CheckpointError(
+                f"{path} has no averaged weights, which mmcv keeps beside tensors ema_...: it has none of that name. "
+                "Without ema=true (init_ema=true), its trained ones are taken"
+            )
+        return state, None
+    return both[averaged is False], averaged is not False
 
 
 def _state(holder: Mapping[Any, Any], content: Any, path: Path, averaged: bool) -> Any:
@@ -146,12 +187,12 @@ def translate(file: OfficialFile, overrides: Sequence[str] = (), label_map: Labe
         ConfigError: an override that cannot be applied.
     """
     variant = upstream_for(file.family).variant(Evidence(file.state, file.args, str(file.path), _heads(overrides)))
-    words = _overrides(variant, overrides)
+    words = _overrides(variant, overrides, "contiguous" if UPSTREAMS[file.family].of_mmcv else "category_id")
     cfg = compose("train", [*words, *overrides])
     validate(cfg)
     number = file.columns
-    if label_map is None and number == COLUMNS:
-        label_map = coco_label_map()
+    if label_map is None:
+        label_map = _known_labels(file)
     with torch.device("meta"):
         detector = build_detector(cfg, number, pretrained=False)
     if cfg.family_name != file.family:
@@ -159,14 +200,15 @@ def translate(file: OfficialFile, overrides: Sequence[str] = (), label_map: Labe
     adapter = upstream_for(file.family).adapter(detector)
     weights = _checked(_without_spare_rows(file, number), adapter, detector.state_dict())
     config = to_container(with_num_classes(cfg, number))
-    return Translated(weights, cfg, config, label_map, file, variant, (*words, *overrides))
+    left_out = tuple(name for name in file.state if adapter.ignores(name))
+    return Translated(weights, cfg, config, label_map, file, variant, (*words, *overrides), left_out)
 
 
 def to_official(weights: Mapping[str, Tensor], cfg: DictConfig, label_map: LabelMap, source: Path) -> dict[str, Any]:
     """The content of an official file: {model, args}, with settings as a plain dict, so that anyone can open it.
 
     The class head gets the official columns, one per category id up to the largest. Columns of ids that no category
-    has say "never".
+    has say "never". Of Co-DETR it is {meta, state_dict}, with one column for each category.
 
     Args:
         weights: our names.
@@ -192,43 +234,56 @@ def to_official(weights: Mapping[str, Tensor], cfg: DictConfig, label_map: Label
     if wrong:
         raise CheckpointError(f"{source}: its weights do not fit its own config and labels: {listed(wrong)}")
     try:
-        moved = _by_category_id(kept, label_map, say_object(config))
-        state = upstream.adapter(detector).to_official(moved, computed=True)
+        labels = official_label_map(label_map, upstream)
+        moved = _moved(kept, label_map, labels, say_object(config))
+        with torch.device("meta"):
+            target = build_detector(cfg, labels.num_classes, pretrained=False)
+        state = upstream.adapter(target).to_official(moved, computed=True)
         args = upstream.settings(config, detector)
         if detector.query_source.num_one_to_many and "num_queries_one2many" not in args:
             raise CheckpointError("its code knows no queries for training alone (one_to_many=hybrid)")
     except CheckpointError as error:
         raise CheckpointError(f"{source} cannot become a file of {upstream.repository}: {error}") from None
     _check_same_function(OfficialFile(source, family, state, args, ()), config, upstream.repository)
+    if upstream.places is not None:
+        return mmcv.content(state, {**args, "CLASSES": list(labels.names)}, upstream.places)
     args["num_classes"] = state[upstream.class_head].shape[0] - upstream.no_object
     if upstream.label_book:
         args["dn_labelbook_size"] = state[upstream.label_book].shape[0] - 1
     return {"model": state, "args": args}
 
 
-def official_label_map(label_map: LabelMap) -> LabelMap:
-    """The columns of the official head for the same categories: column i is category id i."""
-    if all(one in (None, column) for column, one in enumerate(label_map.category_ids)):
+def official_label_map(label_map: LabelMap, upstream: Upstream) -> LabelMap:
+    """The columns of the official head for the same categories: column i is category id i, or the i-th category."""
+    ids = label_map.category_ids
+    pairs = zip(ids, label_map.names, strict=True)
+    categories = [{"id": one, "name": name} for one, name in pairs if one is not None]
+    if upstream.of_mmcv:
+        return label_map if len(categories) == len(ids) else LabelMap.contiguous(categories)
+    if all(one in (None, column) for column, one in enumerate(ids)):
         return label_map
-    pairs = zip(label_map.category_ids, label_map.names, strict=True)
-    return LabelMap.by_category_id([{"id": one, "name": name} for one, name in pairs if one is not None])
+    return LabelMap.by_category_id(categories)
 
 
-def label_map_for(categories: Sequence[Mapping[str, Any]], number: int, source: str) -> LabelMap:
+def label_map_for(categories: Sequence[Mapping[str, Any]], number: int, source: str, by_id: bool = True) -> LabelMap:
     """What the columns of an official head stand for, given the categories of its training annotations.
 
-    Official heads have a column per category id; heads of exactly as many columns as categories, too few for the ids,
-    count the categories in the order of their ids.
+    Args:
+        categories: of the annotations.
+        number: of columns.
+        source: for messages.
+        by_id: heads have a column per category id; those of exactly as many columns as categories, too few for the
+            ids, count the categories in the order of their ids. Otherwise all do.
 
     Raises:
-        DataError: neither is possible.
+        DataError: the number of columns is that of other categories.
     """
     in_order = LabelMap.contiguous(categories)
     largest = max(one for one in in_order.category_ids if one is not None)
-    if largest < number:
-        by_id = LabelMap.by_category_id(categories)
-        rest = (None,) * (number - by_id.num_classes)
-        return LabelMap((*by_id.category_ids, *rest), (*by_id.names, *rest))
+    if by_id and largest < number:
+        found = LabelMap.by_category_id(categories)
+        rest = (None,) * (number - found.num_classes)
+        return LabelMap((*found.category_ids, *rest), (*found.names, *rest))
     if in_order.num_classes == number:
         return in_order
     raise DataError(
@@ -237,7 +292,20 @@ def label_map_for(categories: Sequence[Mapping[str, Any]], number: int, source: 
     )
 
 
-def _overrides(variant: Variant, given: Sequence[str]) -> list[str]:
+def _known_labels(file: OfficialFile) -> LabelMap | None:
+    """What the columns stand for, as far as the file says it, or their number does; None where neither is known."""
+    coco = coco_label_map()
+    if not UPSTREAMS[file.family].of_mmcv:
+        return coco if file.columns == COLUMNS else None
+    in_order = LabelMap.contiguous([{"id": one, "name": coco.name(one)} for one in coco.by_label()])
+    names = file.args.get("CLASSES", in_order.names)
+    if len(names) != file.columns or len(set(names)) != len(names) or not all(names):
+        return None
+    # Names of other categories come without their ids.
+    return in_order if tuple(names) == in_order.names else LabelMap(tuple(range(1, len(names) + 1)), tuple(names))
+
+
+def _overrides(variant: Variant, given: Sequence[str], labels: str) -> list[str]:
     """What to compose the model from: the recipe or the choices, and the settings that these do not have anyway."""
     keys = {one.partition("=")[0].lstrip("+~") for one in given}
     if keys & set(_CHOOSES_MODEL):
@@ -248,10 +316,10 @@ def _overrides(variant: Variant, given: Sequence[str]) -> list[str]:
         chosen = [*variant.choices, "data=coco"]
     chosen = [one for one in chosen if one.partition("=")[0].lstrip("+") not in keys]
     data = [] if "data.root" in keys else [_ROOT_LATER]
-    groups = [one for one in given if one.partition("=")[0] in (*_CHOOSES_MODEL, "data", "backbone", "decoder")]
+    groups = [one for one in given if one.partition("=")[0] in (*_CHOOSES_MODEL, *_CHOOSES_PARTS)]
     base = compose("train", [*chosen, *groups, *data])
-    if "labels" in base.data and "data.labels" not in keys and "data" not in keys:
-        data.append("data.labels=category_id")
+    if base.data.get("labels", labels) != labels and "data.labels" not in keys and "data" not in keys:
+        data.append(f"data.labels={labels}")
     return [*chosen, *_needed(base, variant, keys), *data]
 
 
@@ -296,7 +364,7 @@ def _without_spare_rows(file: OfficialFile, number: int) -> OfficialFile:
 def _checked(file: OfficialFile, adapter: Adapter, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under our names, if they are exactly those of the model."""
     known = {name: value for name, value in file.state.items() if set(adapter.our_names(name)) & set(own)}
-    unknown = [name for name in file.state if name not in known]
+    unknown = [name for name in file.state if name not in known and not adapter.ignores(name)]
     ours = adapter.to_ours(known)
     missing = [adapter.official_name(name) for name in own if name not in ours and not _NOISE.search(name)]
     wrong = [
@@ -334,7 +402,7 @@ def _check_same_function(file: OfficialFile, config: Mapping[str, Any], reposito
 
 _ONLY_TRAINING = re.compile(
     r"(^|\.)(num_classes|num_queries|num_one_to_many|dropout|prior|zero_init|size_logit|weights|pretrained|frozen_stages)$|"
-    r"^backbone\.(norm\.|(drop_path|gradient_checkpointing)$)|"
+    r"^backbone\.(norm\.|(drop_path|gradient_checkpointing)$)|^(auxiliary|collaboration)(\.|$)|"
     r"\.reference\.(random|freeze)_centers$|^query_source\.answer_all$|^heads\.shared_boxes$|"
     r"^denoising\.(num_groups|num_queries|max_queries|(label|center|size|corner)_noise|eps|attention_mask|embed_labels|"
     r"contrastive|own_group)$"
@@ -362,17 +430,21 @@ def _flat(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
     return [(prefix, node)]
 
 
-def _by_category_id(weights: Mapping[str, Tensor], label_map: LabelMap, say_object: bool) -> dict[str, Tensor]:
-    official = official_label_map(label_map)
+def _moved(
+    weights: Mapping[str, Tensor], label_map: LabelMap, official: LabelMap, say_object: bool
+) -> dict[str, Tensor]:
+    """Rows of class heads and embedded labels, where the official columns have them."""
     if official is label_map:
         return dict(weights)
     moved = {}
     for name, value in weights.items():
         if is_class_row(name):
-            rows = value.shape[0] - label_map.num_classes + official.num_classes
+            rows = by_class(name, value, label_map.num_classes)
+            count = rows.shape[0] - label_map.num_classes + official.num_classes
             # "Never": a logit so low that no other probability feels it, also in 16 bits.
-            blank = torch.full((rows, *value.shape[1:]), -100.0 if value.ndim == 1 else 0.0, dtype=value.dtype)
-            value = move_rows(value, label_map, blank, official, say_object and is_first_row_special(name))
+            blank = torch.full((count, *rows.shape[1:]), -100.0 if value.ndim == 1 else 0.0, dtype=value.dtype)
+            rows = move_rows(rows, label_map, blank, official, say_object and is_first_row_special(name))
+            value = from_class(name, rows, value)
         moved[name] = value
     return moved
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from detfamily.checkpoints import (
+    co_detr,
+    co_detr_model,
     conditional_detr,
     dab_deformable_detr,
     dab_detr,
@@ -18,6 +20,7 @@ from detfamily.checkpoints import (
 )
 from detfamily.checkpoints.adapter import Adapter, listed
 from detfamily.checkpoints.evidence import Evidence
+from detfamily.checkpoints.mmcv import Place
 from detfamily.checkpoints.variant import Variant
 from detfamily.detector import Detector
 from detfamily.errors import CheckpointError, nearest
@@ -37,6 +40,8 @@ class Upstream:
         class_head: a tensor with a row per class.
         label_book: embedded labels that may have more rows than classes, of which the last one is no class.
         tells: from names and stored settings, whether a file is of this project, where another has the same marks.
+        places: of files of mmcv, where settings stand in their config; their class heads count the categories in the
+            order of the ids. None for files that have arguments of a command line, and a column for each id.
     """
 
     repository: str
@@ -48,6 +53,24 @@ class Upstream:
     class_head: str
     label_book: str | None = None
     tells: Callable[[Collection[str], Mapping[str, Any]], bool] | None = None
+    places: Mapping[str, Place] | None = None
+
+    @property
+    def of_mmcv(self) -> bool:
+        return self.places is not None
+
+
+def _co_detr(marks: tuple[str, ...]) -> Upstream:
+    return Upstream(
+        "Sense-X/Co-DETR",
+        marks,
+        co_detr.adapter,
+        co_detr_model.variant,
+        co_detr_model.settings,
+        False,
+        co_detr.CLASS_HEAD,
+        places=co_detr_model.PLACES,
+    )
 
 
 UPSTREAMS: dict[str, Upstream] = {
@@ -110,6 +133,8 @@ UPSTREAMS: dict[str, Upstream] = {
         "class_embed.0.weight",
         tells=h_deformable_detr.tells,
     ),
+    "co_dino": _co_detr(co_detr.DINO_MARKS),
+    "co_deformable_detr": _co_detr(co_detr.DEFORMABLE_MARKS),
 }
 """Family -> where its official weights come from."""
 
@@ -130,7 +155,7 @@ _OTHERS = (
         "DN-DETR with deformable attention in the encoder alone",
     ),
     (r"transformer\.encoder\.layers\.0\.attentions\.0\.", "detrex, which renames the official tensors"),
-    (r"(bbox_head|query_head|roi_head|rpn_head)\.", "mmdetection"),
+    (r"(bbox_head|query_head|roi_head|rpn_head)\.", "mmdetection other than Co-DETR's"),
     (r"model\.(backbone\.conv_encoder|encoder\.layers)\.", "Hugging Face transformers"),
     (r"model\.(backbone|transformer|class_embed)\.", "a training framework that puts 'model.' before every name"),
     (r"layer4\.\d+\.conv2\.weight", "a ResNet alone: give it as backbone.weights=PATH to a training from scratch"),
@@ -181,15 +206,8 @@ def recognise(names: Iterable[str], source: str, settings: Mapping[str, Any] | N
         CheckpointError: a panoptic model, a file of a project that has no adapter, or of nothing known.
     """
     names = list(names)
-    if masks := [name for name in names if re.match(_PANOPTIC, name)]:
-        raise CheckpointError(
-            f"{source} is a panoptic model: it has {len(masks)} tensors of a mask head, which has no counterpart here "
-            f"({listed(masks)}). Its boxes are of another class head (250 classes, things and stuff), so that nothing "
-            "is taken from it; take a checkpoint of the detector instead"
-        )
-    for pattern, words in _OTHERS:
-        if found := next((name for name in names if re.match(pattern, name)), None):
-            raise CheckpointError(f"{source} is a file of {words} (it has {found}); {_readable()}")
+    if not co_detr.is_file(names):
+        _refuse_others(names, source)
     # One missing name makes a file incomplete, which is said later by name, and not a file of something else.
     there, given = set(names), settings or {}
     known = {family: one for family, one in UPSTREAMS.items() if one.tells is None or one.tells(there, given)}
@@ -199,6 +217,19 @@ def recognise(names: Iterable[str], source: str, settings: Mapping[str, Any] | N
     if found := next((name for name in names if re.match(_DESCENDANT, name)), None):
         raise CheckpointError(f"{source} is a file of a descendant of DINO (it has {found}); {_readable()}")
     raise CheckpointError(f"{source} holds tensors of no known project ({listed(names, 4)}); {_readable()}")
+
+
+def _refuse_others(names: Sequence[str], source: str) -> None:
+    """Name the project that a file is of, if it is one of those that come by."""
+    if masks := [name for name in names if re.match(_PANOPTIC, name)]:
+        raise CheckpointError(
+            f"{source} is a panoptic model: it has {len(masks)} tensors of a mask head, which has no counterpart here "
+            f"({listed(masks)}). Its boxes are of another class head (250 classes, things and stuff), so that nothing "
+            "is taken from it; take a checkpoint of the detector instead"
+        )
+    for pattern, words in _OTHERS:
+        if found := next((name for name in names if re.match(pattern, name)), None):
+            raise CheckpointError(f"{source} is a file of {words} (it has {found}); {_readable()}")
 
 
 def _marked(upstream: Upstream, names: set[str]) -> tuple[int, float]:

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from detfamily.checkpoints.adapter import listed
 from detfamily.checkpoints.classes import (
     LABEL_EMBED,
+    by_class,
     compare,
+    from_class,
     is_class_row,
     is_first_row_special,
     move_rows,
@@ -88,7 +90,7 @@ def read_initial(path: str | Path, averaged: bool | None = None) -> Initial:
     Args:
         path: the file.
         averaged: take the averaged weights (EMA), or the trained ones; None takes the averaged ones of our files, if
-            they have any, and the trained ones of official files.
+            they have any, and of official files those that the official code evaluates.
 
     Raises:
         CheckpointError: the file is missing, broken, hostile, or of nothing that can be read; or it has no averaged
@@ -101,7 +103,7 @@ def read_initial(path: str | Path, averaged: bool | None = None) -> Initial:
     content = read_file(path)
     if checkpoint.is_ours(content):
         return _read_ours(checkpoint.check(content, path), path, averaged)
-    file = read_official(content, path, bool(averaged))
+    file = read_official(content, path, averaged)
     found = translate(file)
     assumed, fits = tuple(found.variant.assumed), model_overrides(found.variant)
     words = f"of {found.repository}" + ", averaged" * bool(file.averaged)
@@ -254,10 +256,11 @@ def _class_rows(
     if theirs is None:
         unknown = name == LABEL_EMBED and given.shape[1:] == target.shape[1:]
         return torch.cat([target[:-1], given[-1:].to(target.dtype)]) if unknown else target
-    no_object = [tensor.shape[0] - one.num_classes for tensor, one in ((given, theirs), (target, ours))]
-    if given.shape[1:] != target.shape[1:] or no_object[0] != no_object[1] or no_object[0] < 0:
+    rows, own = by_class(name, given, theirs.num_classes), by_class(name, target, ours.num_classes)
+    no_object = [tensor.shape[0] - one.num_classes for tensor, one in ((rows, theirs), (own, ours))]
+    if rows.shape[1:] != own.shape[1:] or no_object[0] != no_object[1] or no_object[0] < 0:
         return None
-    return move_rows(given, theirs, target, ours, first_row_special)
+    return from_class(name, move_rows(rows, theirs, own, ours, first_row_special), target)
 
 
 def _class_words(initial: Initial, label_map: LabelMap) -> str:

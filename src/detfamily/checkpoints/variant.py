@@ -53,14 +53,22 @@ def transformer(evidence: Evidence, width: int, queries: int, dropout: float = 0
         "decoder.num_layers": evidence.count("transformer.decoder.layers."),
     }
     for part in ("encoder", "decoder"):
-        if (count := fields[f"{part}.num_layers"]) > len(evidence.state):  # names can have any number
-            last = f"transformer.{part}.layers.{count - 1}"
-            raise CheckpointError(f"{evidence.source}: it has {last}, and not all before")
+        check_count(evidence, f"transformer.{part}.layers.", fields[f"{part}.num_layers"])
     stored = {"hidden_dim": width, "num_queries": queries, "dim_feedforward": fields["model.ffn_dim"]}
     stored |= {"enc_layers": fields["encoder.num_layers"], "dec_layers": fields["decoder.num_layers"]}
     for official, value in stored.items():
         evidence.doubt(official, value)
     return fields
+
+
+def check_count(evidence: Evidence, prefix: str, count: int) -> None:
+    """Refuse a number of layers that a file has no tensors for: names can have any number.
+
+    Raises:
+        CheckpointError: there are fewer tensors than layers.
+    """
+    if count > len(evidence.state):
+        raise CheckpointError(f"{evidence.source}: it has {prefix}{count - 1}, and not all before")
 
 
 def backbone(evidence: Evidence) -> tuple[list[str], bool]:
@@ -73,7 +81,18 @@ def backbone(evidence: Evidence) -> tuple[list[str], bool]:
             name, fields = swin.recognise(evidence, prefix)
             choices = [f"backbone={name}", *(as_override(key, value) for key, value in fields.items())]
             return choices, swin.is_dilated(evidence, prefix)
-    prefix = "backbone.0.body."
+    chosen = resnet(evidence, "backbone.0.body.")
+    named = "dc5" in Path(evidence.source).name.lower()
+    dilated = evidence.told("backbone.dilation", "dilation", named, "the file's name says DC5" if named else "not DC5")
+    return chosen, bool(dilated)
+
+
+def resnet(evidence: Evidence, prefix: str) -> list[str]:
+    """Choices for the ResNet behind a prefix.
+
+    Raises:
+        CheckpointError: it is none that is known here.
+    """
     depth = evidence.count(f"{prefix}layer3.")
     bottleneck = f"{prefix}layer1.0.conv3.weight" in evidence.state
     names = {6: "resnet50", 23: "resnet101", 36: "resnet152"} if bottleneck else {2: "resnet18", 6: "resnet34"}
@@ -90,10 +109,7 @@ def backbone(evidence: Evidence) -> tuple[list[str], bool]:
         elif (width, inputs) != (64, 64):
             raise CheckpointError(f"{evidence.source}: its backbone has blocks of {width} x {inputs}, of no known kind")
     evidence.doubt("backbone", name)
-    chosen = [f"backbone={name}"] if name != "resnet152" else ["backbone=resnet101", "backbone.name=resnet152"]
-    named = "dc5" in Path(evidence.source).name.lower()
-    dilated = evidence.told("backbone.dilation", "dilation", named, "the file's name says DC5" if named else "not DC5")
-    return chosen, bool(dilated)
+    return [f"backbone={name}"] if name != "resnet152" else ["backbone=resnet101", "backbone.name=resnet152"]
 
 
 def position(evidence: Evidence) -> list[str]:

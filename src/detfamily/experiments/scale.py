@@ -7,7 +7,8 @@ must not undo what a table is about, so on top of it
 - the lengths of training keep their ratio to the baseline's, up to ``LONGEST`` times the baseline, and the images of a
   step are its own, since its learning rate belongs to them;
 - where a row needs what the scale has not got (a backbone that can be dilated, augmentation that resizes), all rows of
-  its table take the choice of configs/scale that has it, ``<scale>_dilated`` or ``<scale>_resized``.
+  its table take the choice of configs/scale that has it, ``<scale>_dilated`` or ``<scale>_resized``;
+- what a recipe says of a backbone that the scale replaces (drop path, gradient checkpointing) goes with it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from detfamily.config import compose, groups_for, to_container, validate
+from detfamily.config.targets import argument_hints
 from detfamily.errors import ConfigError, nearest
 from detfamily.experiments.table import Row, Table
 from detfamily.experiments.task import DETECTION, Task
@@ -132,7 +134,7 @@ def _variant(
     table: Table, row: Row, scale: str, published: DictConfig, base_epochs: tuple[int, int], further: Sequence[str]
 ) -> Variant:
     scaled = _composed(table, row, [f"+scale={scale}"], further)
-    first = [f"+scale={scale}", *_kept(table, row, published, scaled)]
+    first = [f"+scale={scale}", *_left_behind(published, scaled), *_kept(table, row, published, scaled)]
     epochs, remark = _length(int(published.schedule.epochs), *base_epochs)
     if any(map(_sets_epochs, further)):
         epochs, remark = int(scaled.schedule.epochs), ""
@@ -184,6 +186,14 @@ def _kept(table: Table, row: Row, published: DictConfig, scaled: DictConfig) -> 
         if key not in own and before != now:
             found.append(f"{key}={json.dumps(before)}")
     return found
+
+
+def _left_behind(published: DictConfig, scaled: DictConfig) -> list[str]:
+    """Overrides that take out what a recipe says of its own backbone, where the scale's has no such setting."""
+    if published.backbone._target_ == scaled.backbone._target_:
+        return []
+    known = {"_target_", *argument_hints(_plain(scaled.backbone))}
+    return [f"~backbone.{key}" for key in scaled.backbone if key not in known]
 
 
 def _plain(value: Any) -> Any:
