@@ -79,6 +79,8 @@ CONVENTIONS = {
     "dn_deformable_detr": _DAB,
     "dino": _DEFORMABLE,
     "h_deformable_detr": _DEFORMABLE,
+    "co_deformable_detr": _DEFORMABLE,
+    "co_dino": _DEFORMABLE,
 }
 """Of the authors of a family, whose figures later papers quote."""
 
