@@ -20,6 +20,7 @@ TINY = (
     *("backbone=small", "backbone.stem_width=8", "backbone.widths=[8,8,12,12]", "runtime=cpu"),
     *("model.embed_dim=64", "model.num_heads=4", "model.ffn_dim=32", "model.num_queries=8"),
     *("model.num_one_to_many=8", "model.num_denoising=8", "encoder.num_layers=1", "decoder.num_layers=2"),
+    *("model.num_regions=16", "model.region_dim=16"),
 )
 SETTINGS = Settings((256, 256), batch_size=2, num_classes=5, repeats=1)
 FAMILIES = groups()["family"]
@@ -34,6 +35,8 @@ NOTHING_TO_LEARN = [
     ((), (), r".*\.(key_content|key_pos)_proj\.bias|.*\.attention\.k\.bias"),
     # Its queries are learned, so that a level's code is added to its keys alone, all alike.
     ((), ("qna",), r"level_embed\.weight"),
+    # No object is near the anchors of these levels; that there is none, an auxiliary head says from the start.
+    (("co_deformable_detr", "co_dino"), (), r"auxiliary\.(heads\.atss\.scales\.\d|downsample\..*)"),
 ]
 
 
@@ -99,7 +102,7 @@ def test_the_short_cut_is_composition() -> None:
 
 REFUSED_WITH = {
     # what the queries of a family lack for a cross-attention
-    "conditional": ("gives no code of a place", ("deformable_detr", "detr", "h_deformable_detr")),
+    "conditional": ("gives no code of a place", ("co_deformable_detr", "deformable_detr", "detr", "h_deformable_detr")),
     "ms_deform": ("samples around reference points", ("detr",)),
 }
 
