@@ -18,6 +18,7 @@ from detfamily.info.classes import columns_of
         ("data=coco_mini", 80),
         ("experiment=detr_r50_500ep", 91),
         ("experiment=detr_r50_500ep info.num_classes=80", 80),
+        ("experiment=co_dino_r50_5scale_12ep", 80),
         ("experiment=finetune info.num_classes=3", 3),
     ],
 )
