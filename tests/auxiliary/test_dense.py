@@ -79,7 +79,9 @@ def test_divisors_are_means_over_processes(
 ) -> None:
     (maps, images, objects), head, found = batch(), small(kind), []
     for factor in (100, 200):  # far from the least that they may be
-        monkeypatch.setattr(f"{kind.__module__}.mean_over_processes", lambda one, factor=factor: factor * one.detach())
+        monkeypatch.setattr(
+            f"{kind.losses_of.__module__}.mean_over_processes", lambda one, factor=factor: factor * one.detach()
+        )
         found.append(head(maps, images, objects, Draws()).losses)
     for name, loss in found[0].items():
         assert loss.item() == pytest.approx(2 * found[1][name].item()) and loss > 0

@@ -126,7 +126,7 @@ def test_quality_focal_loss_is_that_of_a_loop_over_queries_and_classes() -> None
                     p = 1 / (1 + math.exp(-logits[layer, image, q, column].item()))
                     entropy = -(goal * math.log(p) + (1 - goal) * math.log(1 - p))
                     total += entropy * abs(goal - p) ** 1.5
-        assert float(found[layer]) == pytest.approx(total / 3, rel=1e-9)
+        assert found[layer].item() == pytest.approx(total / 3, rel=1e-9)
     found.sum().backward()
     assert boxes.grad is None and logits.grad is not None and logits.grad.isfinite().all()
 

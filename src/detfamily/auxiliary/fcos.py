@@ -6,23 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from detfamily.auxiliary.anchors import Anchors
 from detfamily.auxiliary.assigners import CenterAssigner
-from detfamily.auxiliary.dense import DenseHead, DensePredictions, counted, pairs_of
+from detfamily.auxiliary.centerness import CenternessHead
 from detfamily.auxiliary.detect import BestBoxes
-from detfamily.auxiliary.divisors import mean_over_processes
-from detfamily.auxiliary.initialise import start_small
-from detfamily.auxiliary.losses import binary, focal, giou
-from detfamily.auxiliary.quality import centerness_of
-from detfamily.auxiliary.structures import Objects
 from detfamily.blocks.boxes import to_cxcywh
 
-_EPS = 1e-6
 
-
-class FCOS(DenseHead):
+class FCOS(CenternessHead):
     """Classes, distances to the four edges in strides, and centerness, with FCOS's later improvements.
 
     These are: objects' centres in place of all that lies in objects, GIoU, distances in strides behind a ReLU, and
@@ -50,7 +43,7 @@ class FCOS(DenseHead):
     """
 
     name: ClassVar[str] = "fcos"
-    losses: ClassVar[tuple[str, ...]] = ("class", "giou", "centerness")
+    least_weight: ClassVar[float] = 1e-6
 
     def __init__(
         self,
@@ -66,16 +59,12 @@ class FCOS(DenseHead):
         alpha: float = 0.25,
         gamma: float = 2.0,
     ) -> None:
-        super().__init__(strides, embed_dim, num_classes, depth, num_groups, anchors, weights, selection)
+        super().__init__(strides, embed_dim, num_classes, depth, num_groups, anchors, weights, selection, alpha, gamma)
         self.assigner = assigner(strides=strides, size=self.anchors.size)
-        self.alpha = alpha
-        self.gamma = gamma
-        self.centerness_head = nn.Conv2d(embed_dim, 1, 3, padding=1)
-        start_small(self.centerness_head)
 
-    def predict(self, maps: Sequence[Tensor]) -> DensePredictions:
-        """What the head says of the cells of all levels."""
-        return self.predict_levels(maps, self.centerness_head)
+    def positives(self, assigned: Tensor, like: Tensor) -> Tensor:
+        """() the positive cells."""
+        return (assigned >= 0).sum().to(like.dtype)
 
     def assign_one(self, anchors: Tensor, level_counts: Sequence[int], objects_xyxy: Tensor) -> Tensor:
         """(N, 4), (n, 4) of one image -> (N,)"""
@@ -86,20 +75,3 @@ class FCOS(DenseHead):
         center, stride = to_cxcywh(anchors)[..., :2], self.anchors.stride_at(anchors)
         low, high = steps.relu().chunk(2, -1)
         return torch.cat([center - low * stride, center + high * stride], -1)
-
-    def losses_of(
-        self, predictions: DensePredictions, anchors: Tensor, assigned: Tensor, objects: Objects
-    ) -> dict[str, Tensor]:
-        """Losses "class", "giou" and "centerness", the latter two of positive cells."""
-        assert predictions.quality is not None
-        pairs = pairs_of(assigned, anchors, objects)
-        wanted = centerness_of(pairs.anchors, pairs.boxes_xyxy)
-        apart = giou(self.decode(pairs.anchors, predictions.steps[pairs.place]), pairs.boxes_xyxy)
-        unsure = binary(predictions.quality[pairs.place], wanted).sum()
-        wrong = focal(predictions.logits, assigned >= 0, objects.at(assigned)[1], self.alpha, self.gamma)
-        divisor = mean_over_processes((assigned >= 0).sum().to(predictions.logits.dtype)).clamp(min=1)
-        return {
-            "class": counted(wrong, assigned) / divisor,
-            "giou": (apart * wanted).sum() / mean_over_processes(wanted.sum()).clamp(min=_EPS),
-            "centerness": unsure / divisor,
-        }

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss
 
+from detfamily.blocks.focal import background, focal_exchange, quality_exchange
+
 _EPS = 1e-6
 
 
@@ -23,11 +25,9 @@ def focal(logits: Tensor, matched: Tensor, labels: Tensor, alpha: float, gamma: 
     Returns:
         (...)
     """
-    # every column as a negative, then the matched ones exchanged: no one-hot tensor of all anchors and classes
     own = logits.gather(-1, labels[..., None])[..., 0]
-    positive = alpha * (1 - own.sigmoid()) ** gamma * F.softplus(-own)
-    exchange = positive - (1 - alpha) * _negative(own, gamma)
-    return (1 - alpha) * _negative(logits, gamma).sum(-1) + torch.where(matched, exchange, 0.0)
+    exchange = focal_exchange(own, alpha, gamma)
+    return background(logits, gamma, 1 - alpha).sum(-1) + torch.where(matched, exchange, 0.0)
 
 
 def quality_focal(logits: Tensor, matched: Tensor, labels: Tensor, quality: Tensor, beta: float) -> Tensor:
@@ -44,8 +44,8 @@ def quality_focal(logits: Tensor, matched: Tensor, labels: Tensor, quality: Tens
         (...)
     """
     own = logits.gather(-1, labels[..., None])[..., 0]
-    positive = (quality - own.sigmoid()).abs() ** beta * binary(own, quality)
-    return _negative(logits, beta).sum(-1) + torch.where(matched, positive - _negative(own, beta), 0.0)
+    exchange = quality_exchange(own, quality.to(own.dtype), beta)
+    return background(logits, beta).sum(-1) + torch.where(matched, exchange, 0.0)
 
 
 def distribution_focal(logits: Tensor, distances: Tensor) -> Tensor:
@@ -74,7 +74,3 @@ def giou(boxes_xyxy: Tensor, targets_xyxy: Tensor) -> Tensor:
     """1 - GIoU (arXiv 1902.09630) of paired boxes (..., 4), (...)."""
     apart: Tensor = generalized_box_iou_loss(boxes_xyxy, targets_xyxy, reduction="none", eps=_EPS)
     return apart
-
-
-def _negative(logits: Tensor, gamma: float) -> Tensor:
-    return logits.sigmoid() ** gamma * F.softplus(logits)

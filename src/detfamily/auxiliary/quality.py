@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from detfamily.blocks.boxes import iou_and_giou, to_cxcywh
-
-_EPS = 1e-6
+from detfamily.blocks import boxes
+from detfamily.blocks.boxes import to_cxcywh
 
 
 def centerness_of(anchors_xyxy: Tensor, boxes_xyxy: Tensor) -> Tensor:
@@ -28,4 +27,4 @@ def centerness_of(anchors_xyxy: Tensor, boxes_xyxy: Tensor) -> Tensor:
 @torch.no_grad()
 def iou_of(boxes_xyxy: Tensor, others_xyxy: Tensor) -> Tensor:
     """(..., 4), (..., 4) -> (...) the overlap of paired boxes, without a gradient."""
-    return iou_and_giou(to_cxcywh(boxes_xyxy), to_cxcywh(others_xyxy), _EPS)[0]
+    return boxes.iou_of(to_cxcywh(boxes_xyxy), to_cxcywh(others_xyxy))

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detfamily.blocks.boxes import iou_and_giou, iou_of
+from detfamily.blocks.focal import background, focal_exchange, quality_exchange
 from detfamily.criterion.matcher import Assignment
 from detfamily.structures import Predictions, Targets
 
@@ -98,14 +98,10 @@ class FocalClassLoss(nn.Module):
         self, predictions: Predictions, targets: Targets, assignment: Assignment, normalizer: Normalizer
     ) -> Tensor:
         """(D,)"""
-        # every column as a negative, then the matched ones exchanged: no one-hot tensor of all queries and classes
-        total = _counted(self._negative(predictions.logits).sum(3), predictions).sum((1, 2))
-        logits = _of_targets(predictions.logits, targets, assignment)
-        positive = self.alpha * (1 - logits.sigmoid()) ** self.gamma * F.softplus(-logits)
-        return (total + _sum(positive - self._negative(logits), assignment)) / normalizer.num_boxes()
-
-    def _negative(self, logits: Tensor) -> Tensor:
-        return (1 - self.alpha) * logits.sigmoid() ** self.gamma * F.softplus(logits)
+        empty = background(predictions.logits, self.gamma, 1 - self.alpha).sum(3)
+        own = _of_targets(predictions.logits, targets, assignment)
+        exchanged = _sum(focal_exchange(own, self.alpha, self.gamma), assignment)
+        return (_counted(empty, predictions).sum((1, 2)) + exchanged) / normalizer.num_boxes()
 
 
 class QualityFocalClassLoss(nn.Module):
@@ -125,15 +121,11 @@ class QualityFocalClassLoss(nn.Module):
         self, predictions: Predictions, targets: Targets, assignment: Assignment, normalizer: Normalizer
     ) -> Tensor:
         """(D,)"""
-        total = _counted(self._negative(predictions.logits).sum(3), predictions).sum((1, 2))
-        logits = _of_targets(predictions.logits, targets, assignment)
-        quality = iou_of(assignment.gather(predictions.boxes).detach(), targets.boxes).to(logits.dtype)
-        wrong = F.binary_cross_entropy_with_logits(logits, quality.expand_as(logits), reduction="none")
-        positive = wrong * (quality - logits.sigmoid()).abs() ** self.beta
-        return (total + _sum(positive - self._negative(logits), assignment)) / normalizer.num_boxes()
-
-    def _negative(self, logits: Tensor) -> Tensor:
-        return logits.sigmoid() ** self.beta * F.softplus(logits)
+        empty = background(predictions.logits, self.beta).sum(3)
+        own = _of_targets(predictions.logits, targets, assignment)
+        quality = iou_of(assignment.gather(predictions.boxes).detach(), targets.boxes).to(own.dtype)
+        exchanged = _sum(quality_exchange(own, quality, self.beta), assignment)
+        return (_counted(empty, predictions).sum((1, 2)) + exchanged) / normalizer.num_boxes()
 
 
 class L1Loss(nn.Module):

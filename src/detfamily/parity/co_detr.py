@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -16,18 +16,16 @@ from detfamily.auxiliary.samplers import RandomSampler, Sample
 from detfamily.auxiliary.structures import BACKGROUND, OUTSIDE, Objects, Positives, shapes_of
 from detfamily.blocks.denoising import Denoising, Draws
 from detfamily.build import build_criterion, build_detector, build_postprocess
-from detfamily.checkpoints.adapter import Adapter
 from detfamily.checkpoints.co_detr import adapter
 from detfamily.config import compose
 from detfamily.criterion import Criterion
 from detfamily.criterion.criterion import Losses
 from detfamily.criterion.matcher import pairs
 from detfamily.criterion.rules import Known
-from detfamily.detector import Detector
 from detfamily.parity import contrastive
 from detfamily.parity.case import Case
 from detfamily.parity.denoising import StoredDraws
-from detfamily.parity.detection import StoredFeatures, detections
+from detfamily.parity.detection import Setup, StoredFeatures, detections
 from detfamily.structures import Images, Predictions, Targets, Tokens
 
 
@@ -95,18 +93,6 @@ def _ranks(candidates: Tensor, order: Tensor | None) -> Tensor:
     chosen = place if order is None else place[order]
     drawn[chosen] = torch.arange(len(chosen), dtype=torch.float64) * 1e-6
     return drawn
-
-
-@dataclass
-class Setup:
-    """Our side of a case."""
-
-    detector: Detector
-    criterion: Criterion
-    postprocess: nn.Module
-    adapter: Adapter
-    images: Images
-    maps: list[Tensor]
 
 
 def results(case: Case, overrides: Sequence[str]) -> dict[str, Tensor]:
