@@ -64,7 +64,7 @@ def plot_curves(records: Sequence[Record], labels: Sequence[str], path: Path, me
     """
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    drawn = [label for place, label in enumerate(labels) if _draw_row(axes, records, label, f"C{place % 10}")]
+    drawn = [label for place, label in enumerate(labels) if _draw_row(axes, records, label, *_look(place))]
     if not drawn:
         return False
     axes.set_xlabel("images seen")
@@ -99,7 +99,7 @@ def plot_tradeoff(costs: Mapping[str, Cost], path: Path, metric: str) -> bool:
     for place, (label, one) in enumerate(costs.items()):
         size = 60.0 * (one.memory_gib / max(memories)) if one.memory_gib else 30.0
         reach = None if math.isnan(one.spread) else one.spread
-        color, marker = f"C{place % 10}", "os^D"[place // 10 % 4]
+        color, marker = _look(place)
         axes.errorbar(one.images_per_second, one.reached, yerr=reach, color=color, capsize=3, linewidth=0.8, zorder=2)
         axes.scatter(one.images_per_second, one.reached, s=size, color=color, marker=marker, label=label, zorder=3)
     axes.set_xlabel("images per second in training")
@@ -118,15 +118,21 @@ def mean_curve(curves: Sequence[Sequence[Sequence[float]]]) -> tuple[list[float]
     return common, [float(np.mean([one[images] for one in values])) for images in common]
 
 
-def _draw_row(axes: Axes, records: Sequence[Record], label: str, color: str) -> bool:
+def _draw_row(axes: Axes, records: Sequence[Record], label: str, color: str, marker: str) -> bool:
     curves = [one["curve"] for one in records if one["row"] == label and one["status"] == FINISHED and one["curve"]]
     for curve in curves:
         images, ap = zip(*curve, strict=True)
         axes.plot(images, [100 * one for one in ap], color=color, linewidth=0.7, alpha=0.5)
     common, mean = mean_curve(curves)
     if common:
-        axes.plot(common, [100 * one for one in mean], color=color, linewidth=2, marker="o", markersize=3, label=label)
+        percent = [100 * one for one in mean]
+        axes.plot(common, percent, color=color, linewidth=2, marker=marker, markersize=3, label=label)
     return bool(common)
+
+
+def _look(place: int) -> tuple[str, str]:
+    """Colour and marker of a row; after ten rows the colours come again, with another marker."""
+    return f"C{place % 10}", "os^D"[place // 10 % 4]
 
 
 def _save(figure: Figure, path: Path) -> None:
