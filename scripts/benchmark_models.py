@@ -188,6 +188,8 @@ class Figures:
         criterion_calls: those of them in matcher and criterion, forward; 0 if nobody says where these are.
         host_reads: copies to the host in one run, if the model were on a device of its own.
         peak_mib: most memory beyond what lies there between two runs.
+        device_ms: how long the GPU had work in one run; far below ``ms``, the host is what one waits for.
+        kernels: those of a GPU that took longest -> milliseconds and calls in one run.
         shares: operator -> share of the device's time without that of the operators it calls, largest first.
         parameters: of the model.
         trainable: those with a gradient.
@@ -202,6 +204,8 @@ class Figures:
     ms: list[float] = field(default_factory=list)
     cpu_ms: list[float] = field(default_factory=list)
     shares: dict[str, float] = field(default_factory=dict)
+    device_ms: float = 0.0
+    kernels: dict[str, list[float]] = field(default_factory=dict)
 
 
 def compare(task: Task, sides: list[Side], rounds: int) -> dict[str, Figures]:
@@ -248,8 +252,14 @@ def profile(run: Callable[[], object], device: torch.device, figures: Figures) -
     rows = profiler.key_averages()
     figures.aten_calls = sum(row.count for row in rows if row.key.startswith("aten::"))
     figures.criterion_calls = calls_within(CRITERION, profiler.events())
-    times = {row.key: row.self_device_time_total if cuda else row.self_cpu_time_total for row in rows}
+    # on a GPU, rows of kernels stand beside those of the operators that started them
+    operators = [row for row in rows if row.device_type == torch.autograd.DeviceType.CPU]
+    times = {row.key: row.self_device_time_total if cuda else row.self_cpu_time_total for row in operators}
     total = sum(times.values())
+    kernels = [row for row in rows if row.device_type != torch.autograd.DeviceType.CPU]
+    figures.device_ms = sum(row.self_device_time_total for row in kernels) / 1000
+    kernels.sort(key=lambda row: -row.self_device_time_total)
+    figures.kernels = {row.key[:100]: [row.self_device_time_total / 1000, row.count] for row in kernels[:40]}
     figures.shares = {key: one / total for key, one in sorted(times.items(), key=lambda pair: -pair[1]) if one}
     if cuda:
         figures.peak_mib = (torch.cuda.max_memory_allocated(device) - before) / 2**20
@@ -294,12 +304,15 @@ def ratios(figures: Mapping[str, Figures]) -> tuple[float, float] | None:
 
 
 def table(title: str, figures: Mapping[str, Figures], operators: int) -> str:
-    columns = f"{'ms':>9}{'CPU ms':>9}{'aten calls':>12}{'criterion':>11}{'host reads':>12}{'peak MiB':>10}"
+    columns = (
+        f"{'ms':>9}{'CPU ms':>9}{'aten calls':>12}{'criterion':>11}{'host reads':>12}{'peak MiB':>10}{'GPU ms':>8}"
+    )
     lines = [title, f"  {'':14}{columns}{'M params':>10}{'trained':>9}"]
     for name, one in figures.items():
         lines.append(
             f"  {name:14}{statistics.median(one.ms):9.0f}{statistics.median(one.cpu_ms):9.0f}{one.aten_calls:12d}"
             f"{one.criterion_calls or '-':>11}{one.host_reads:12d}{one.peak_mib:10.0f}"
+            f"{f'{one.device_ms:.1f}' if one.device_ms else '-':>8}"
             f"{one.parameters / 1e6:10.3f}{one.trainable / 1e6:9.3f}"
         )
     both = ratios(figures)

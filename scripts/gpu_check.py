@@ -4,15 +4,16 @@
     python scripts/gpu_check.py --official CLONE/models/ops/src/cuda  also against the official kernels
     python scripts/gpu_check.py --only build tests                    some of the steps
 
-Each step is a command of its own, so one that fails or runs out of time takes nothing with it. What is not there
-(goldens, compute-sanitizer, another kernel) is said in the report. Writes NAME.md and NAME.json into --output, NAME
-being the GPU's. Exits with 1 if a step failed.
+Each step is a command of its own, so one that fails or runs out of time takes nothing with it. Checks run side by side,
+then what is timed runs alone. What is not there (goldens, compute-sanitizer, another kernel) is said in the report.
+Writes NAME.md and NAME.json into --output, NAME being the GPU's. Exits with 1 if a step failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -20,8 +21,10 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +53,7 @@ class Step:
         seconds_allowed: after which it is ended.
         environment: on top of this process's.
         json: a file that the command writes, kept in the report.
+        timed: what it says is a time, so nothing else may run beside it.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Step:
     environment: dict[str, str] = field(default_factory=dict)
     json: Path | None = None
     words: str = ""
+    timed: bool = False
     outcome: str = "not run"
     seconds: float = 0.0
     record: Any = None
@@ -99,11 +104,12 @@ def script(name: str, *arguments: object) -> list[str]:
 
 def steps(args: argparse.Namespace, folder: Path) -> list[Step]:
     makers: list[Callable[[argparse.Namespace, Path], Step]] = [
-        doctor,
         build,
+        doctor,
         machine_code,
         tests,
         goldens,
+        golden_models,
         lambda a, f: sanitizer("memcheck", "reads and writes out of bounds"),
         lambda a, f: sanitizer("racecheck", "races in shared memory"),
         op_float32,
@@ -112,8 +118,14 @@ def steps(args: argparse.Namespace, folder: Path) -> list[Step]:
         neighborhood_with_bias,
         models,
         models_against_transformers,
+        models_against_the_official_dino,
+        training,
+        matrix,
     ]
-    return [make(args, folder) for make in makers]
+    made = [make(args, folder) for make in makers]
+    for step in made:  # one library for all, the one that the first step builds
+        step.environment = {"DETFAMILY_CACHE": str(folder / "cache"), **step.environment}
+    return made
 
 
 def doctor(args: argparse.Namespace, folder: Path) -> Step:
@@ -126,8 +138,7 @@ def build(args: argparse.Namespace, folder: Path) -> Step:
         "print(backends.library('cuda')); print(f'{time.perf_counter() - start:.1f} s'); "
         "raise SystemExit(backends.backend_for('cuda') != 'cuda')"
     )
-    fresh = {"DETFAMILY_CACHE": str(folder / "cache")}
-    return Step("build", "Just-in-time build in an empty cache", [PYTHON, "-c", code], environment=fresh)
+    return Step("build", "Just-in-time build in an empty cache", [PYTHON, "-c", code], timed=True)
 
 
 def machine_code(args: argparse.Namespace, folder: Path) -> Step:
@@ -137,6 +148,8 @@ def machine_code(args: argparse.Namespace, folder: Path) -> Step:
 
 def tests(args: argparse.Namespace, folder: Path) -> Step:
     command = [PYTHON, "-m", "pytest", "-q", "tests/ops", "-p", "no:cacheprovider", "-rs"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
     return Step("tests", "The ops' tests, on the CPU and on the GPU", command, 900)
 
 
@@ -145,6 +158,14 @@ def goldens(args: argparse.Namespace, folder: Path) -> Step:
     if not args.goldens.is_dir():
         return Step("goldens", title, words=f"no folder {args.goldens}: pass --goldens")
     return Step("goldens", title, script("check_goldens.py", "--backend", "cuda", args.goldens))
+
+
+def golden_models(args: argparse.Namespace, folder: Path) -> Step:
+    title = "Golden cases of whole detectors, on the GPU"
+    folders = [args.goldens.parent / name for name in ("detr", "deformable_detr", "dino")]
+    if missing := [one.name for one in folders if not one.is_dir()]:
+        return Step("golden-models", title, words=f"no {', '.join(missing)} beside {args.goldens}")
+    return Step("golden-models", title, script("check_goldens.py", "--backend", "cuda", *folders))
 
 
 def sanitizer(tool: str, what: str) -> Step:
@@ -182,7 +203,7 @@ def _op(name: str, title: str, args: argparse.Namespace, folder: Path, dtype: st
     more, environment = rivals(args)
     path = folder / f"{name}.json"
     options = ["--device", "cuda", "--dtypes", dtype, "--locations", *locations, "--json", path]
-    return Step(name, title, script("benchmark_op.py", *options, *more), 500, environment, path)
+    return Step(name, title, script("benchmark_op.py", *options, *more), 500, environment, path, timed=True)
 
 
 def neighborhood(args: argparse.Namespace, folder: Path) -> Step:
@@ -199,14 +220,14 @@ def _neighborhood(name: str, title: str, folder: Path, *more: str) -> Step:
     path = folder / f"{name}.json"
     options = ["--device", "cuda", "--dtype", "bfloat16", "--batch", "4", "--heads", "8"]
     options += ["--sizes", "14x14", "56x56", "100x134", "--json", path, *more]
-    return Step(name, title, script("benchmark_neighborhood.py", *options), 500, json=path)
+    return Step(name, title, script("benchmark_neighborhood.py", *options), 500, json=path, timed=True)
 
 
 def models(args: argparse.Namespace, folder: Path) -> Step:
     path = folder / "models.json"
     options = ["--device", "cuda", "--precision", "bf16", "--train-batch", "4", "--train-size", "800", "1066"]
     options += ["--inference-batch", "4", "--json", path]
-    return Step("models", "Whole models, ours", script("benchmark_models.py", *options), 400, json=path)
+    return Step("models", "Whole models, ours", script("benchmark_models.py", *options), 400, json=path, timed=True)
 
 
 def models_against_transformers(args: argparse.Namespace, folder: Path) -> Step:
@@ -216,7 +237,33 @@ def models_against_transformers(args: argparse.Namespace, folder: Path) -> Step:
     path = folder / "transformers.json"
     options = ["--device", "cuda", "--against", "transformers", "--train-batch", "4", "--train-size", "800", "1066"]
     options += ["--experiments", "deformable_detr_r50", "--json", path]
-    return Step(name, title, script("benchmark_models.py", *options), 400, json=path)
+    return Step(name, title, script("benchmark_models.py", *options), 400, json=path, timed=True)
+
+
+def models_against_the_official_dino(args: argparse.Namespace, folder: Path) -> Step:
+    title, name = "DINO against the official one", "official-dino"
+    if args.official_dino is None:
+        return Step(name, title, words="no clone of the official code: pass --official-dino")
+    path = folder / "official_dino.json"
+    options = ["--device", "cuda", "--path", SCRIPTS / "rivals", "--against", "official_dino:dino"]
+    options += ["--experiments", "dino_r50_4scale_12ep", "--train-size", "800", "1066", "--json", path]
+    environment = {"OFFICIAL_DINO": str(args.official_dino.resolve())}
+    command = script("benchmark_models.py", *options)
+    return Step(name, title, command, 400, environment, path, timed=True)
+
+
+def training(args: argparse.Namespace, folder: Path) -> Step:
+    """A detector learns and is evaluated, on images that are drawn first."""
+    command = [PYTHON, "-m", "detfamily.cli", "train", "experiment=demo", "runtime=bf16", "tracking=files"]
+    command += ["schedule.epochs=1", f"data.root={folder / 'shapes'}", f"output_dir={folder / 'run'}"]
+    return Step("training", "An epoch of the demo in bfloat16", command, timed=True)
+
+
+def matrix(args: argparse.Namespace, folder: Path) -> Step:
+    """All attentions of an encoder at the size of a detector on COCO."""
+    command = [PYTHON, "-m", "detfamily.cli", "matrix", "families=[deformable_detr]", "backbones=[resnet50]"]
+    command += ["runtime=bf16", "overrides=[]", "size=[800,1056]", f"output_dir={folder / 'matrix'}"]
+    return Step("matrix", "Attentions in the encoder of Deformable DETR", command, 500, timed=True)
 
 
 # -- the report -------------------------------------------------------------------------------------------------------
@@ -259,6 +306,7 @@ def describe_machine() -> dict[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--official", type=Path, help="folder of the official ms_deform_im2col_cuda.cuh")
+    parser.add_argument("--official-dino", type=Path, help="clone of IDEA-Research/DINO")
     parser.add_argument("--against", action="append", default=[], metavar="MODULE:FUNCTION", help="for benchmark_op.py")
     parser.add_argument("--goldens", type=Path, default=ROOT.parent / "shared" / "goldens" / "ms_deform_attn")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "benchmarks")
@@ -278,15 +326,23 @@ def main() -> int:
         if unknown:
             parser.error(f"--only {' '.join(sorted(unknown))}: expected some of {' '.join(step.name for step in done)}")
         done = [step for step in done if step.name in args.only]
-    try:
-        for step in done:
-            print(f"{step.title} ...", flush=True)
-            step.run()
-            print(f"  {step.outcome}, {step.seconds:.0f} s\n{step.words[-1500:] if step.failed else ''}", flush=True)
+    lock = threading.Lock()
+
+    def go(step: Step) -> None:
+        print(f"{step.title} ...", flush=True)
+        step.run()
+        with lock:
+            failure = f"\n{step.words[-1500:]}" if step.failed else ""
+            print(f"  {step.title}: {step.outcome}, {step.seconds:.0f} s{failure}", flush=True)
             # after every step: what was measured is kept if the next one takes the machine down
             write_text_atomically(args.output / f"{name}.md", as_markdown(machine, done))
             record = {"machine": machine, "steps": [without_folder(asdict(one)) for one in done]}
             write_text_atomically(args.output / f"{name}.json", json.dumps(record, indent=1) + "\n")
+
+    try:
+        for timed, some in itertools.groupby(done, key=lambda step: step.timed):
+            with ThreadPoolExecutor(1 if timed else 8) as pool:
+                list(pool.map(go, some))
     finally:
         shutil.rmtree(folder)
     print((args.output / f"{name}.md").read_text())

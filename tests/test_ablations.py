@@ -16,6 +16,7 @@ from detfamily.attention import MSDeformAttention, SplitDenseAttention
 from detfamily.blocks.proposals import ProposalQueries
 from detfamily.build import build_criterion, build_detector, build_postprocess
 from detfamily.config import build, compose, configs_dir, groups, groups_of, to_container, validate
+from detfamily.data.copy_paste import CopyPaste
 from detfamily.data.transforms import Sample
 from detfamily.detector import Detector
 from detfamily.engine.optim import AdamW, clip_gradients
@@ -557,6 +558,10 @@ def check_run(cfg: DictConfig) -> None:
             labels = torch.zeros(count, dtype=torch.int64)
             image = torch.zeros(3, 40, 50, dtype=torch.uint8)
             sample = Sample(image, boxes, labels, torch.ones(count), labels, 7, (40, 50))
-            result = transform(sample, torch.Generator().manual_seed(0))
+            rng, most = torch.Generator().manual_seed(0), count
+            if isinstance(transform, CopyPaste):
+                result, most = transform(sample, rng, lambda _, same=sample: same), transform.most_objects(count)
+            else:
+                result = transform(sample, rng)
             assert result.image.dtype == torch.uint8 and result.image.ndim == 3
-            assert len(result.boxes) == len(result.labels) <= count
+            assert len(result.boxes) == len(result.labels) <= most

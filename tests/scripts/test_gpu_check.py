@@ -74,7 +74,7 @@ def test_every_step_is_a_command_that_exists(
     gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The scripts are there and know the options that they are given."""
-    args = SimpleNamespace(official=tmp_path, against=["a:b"], goldens=tmp_path)
+    args = SimpleNamespace(official=tmp_path, official_dino=tmp_path, against=["a:b"], goldens=tmp_path)
     made = gpu_check.steps(args, tmp_path)
     assert len({step.name for step in made}) == len(made)
     for step in made:
