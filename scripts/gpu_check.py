@@ -2,7 +2,7 @@
 
     python scripts/gpu_check.py                                       about ten minutes on one GPU
     python scripts/gpu_check.py --official CLONE/models/ops/src/cuda  also against the official kernels
-    python scripts/gpu_check.py --only build tests                    some of the steps
+    python scripts/gpu_check.py --only build tests                    some of the steps; the page keeps the others
 
 Each step is a command of its own, so one that fails or runs out of time takes nothing with it. Checks run side by side,
 then what is timed runs alone. What is not there (goldens, compute-sanitizer, another kernel) is said in the report.
@@ -40,6 +40,7 @@ SANITIZED = "test_16_bit_values or test_number_of_queries or test_what_is_not_sa
 """Tests that the sanitizer watches: it makes kernels a hundred times slower."""
 
 TAIL = 6000
+TOLD = ("outcome", "seconds", "words", "record")
 
 
 @dataclass
@@ -123,13 +124,14 @@ def steps(args: argparse.Namespace, folder: Path) -> list[Step]:
         matrix,
     ]
     made = [make(args, folder) for make in makers]
+    cache = os.environ.get("DETFAMILY_CACHE", str(folder / "cache"))
     for step in made:  # one library for all, the one that the first step builds
-        step.environment = {"DETFAMILY_CACHE": str(folder / "cache"), **step.environment}
+        step.environment = {"DETFAMILY_CACHE": cache, **step.environment}
     return made
 
 
 def doctor(args: argparse.Namespace, folder: Path) -> Step:
-    return Step("doctor", "Versions, backends, a first check", [PYTHON, "-m", "detfamily.cli", "doctor"])
+    return Step("doctor", "Versions, backends, a first check", [PYTHON, "-m", "detfamily", "doctor"])
 
 
 def build(args: argparse.Namespace, folder: Path) -> Step:
@@ -138,7 +140,7 @@ def build(args: argparse.Namespace, folder: Path) -> Step:
         "print(backends.library('cuda')); print(f'{time.perf_counter() - start:.1f} s'); "
         "raise SystemExit(backends.backend_for('cuda') != 'cuda')"
     )
-    return Step("build", "Just-in-time build in an empty cache", [PYTHON, "-c", code], timed=True)
+    return Step("build", "Just-in-time build", [PYTHON, "-c", code], timed=True)
 
 
 def machine_code(args: argparse.Namespace, folder: Path) -> Step:
@@ -254,14 +256,14 @@ def models_against_the_official_dino(args: argparse.Namespace, folder: Path) -> 
 
 def training(args: argparse.Namespace, folder: Path) -> Step:
     """A detector learns and is evaluated, on images that are drawn first."""
-    command = [PYTHON, "-m", "detfamily.cli", "train", "experiment=demo", "runtime=bf16", "tracking=files"]
+    command = [PYTHON, "-m", "detfamily", "train", "experiment=demo", "runtime=bf16", "tracking=files"]
     command += ["schedule.epochs=1", f"data.root={folder / 'shapes'}", f"output_dir={folder / 'run'}"]
     return Step("training", "An epoch of the demo in bfloat16", command, timed=True)
 
 
 def matrix(args: argparse.Namespace, folder: Path) -> Step:
     """All attentions of an encoder at the size of a detector on COCO."""
-    command = [PYTHON, "-m", "detfamily.cli", "matrix", "families=[deformable_detr]", "backbones=[resnet50]"]
+    command = [PYTHON, "-m", "detfamily", "matrix", "families=[deformable_detr]", "backbones=[resnet50]"]
     command += ["runtime=bf16", "overrides=[]", "size=[800,1056]", f"output_dir={folder / 'matrix'}"]
     return Step("matrix", "Attentions in the encoder of Deformable DETR", command, 500, timed=True)
 
@@ -274,7 +276,7 @@ def as_markdown(machine: dict[str, str], done: list[Step]) -> str:
     lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in machine.items()), ""]
     lines += ["| step | outcome | seconds |", "|---|---|---|"]
     lines += [f"| {step.title} | {step.outcome} | {step.seconds:.0f} |" for step in done]
-    for step in done:
+    for step in (one for one in done if one.outcome != "not run"):
         text = without_paths(step.words.strip())[-TAIL:]
         lines += ["", f"## {step.title}: {step.outcome}", ""]
         lines += [text] if is_table(text) else ["```text", text, "```"]
@@ -320,12 +322,13 @@ def main() -> int:
     name = re.sub(r"\W+", "-", machine["gpu"].lower()).strip("-")
     folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"gpu_check_{os.getpid()}"
     folder.mkdir()
-    done = steps(args, folder)
+    chosen = done = steps(args, folder)
     if args.only:
         unknown = set(args.only) - {step.name for step in done}
         if unknown:
             parser.error(f"--only {' '.join(sorted(unknown))}: expected some of {' '.join(step.name for step in done)}")
-        done = [step for step in done if step.name in args.only]
+        chosen = [step for step in done if step.name in args.only]
+        recall(done, args.output / f"{name}.json", machine)
     lock = threading.Lock()
 
     def go(step: Step) -> None:
@@ -336,21 +339,35 @@ def main() -> int:
             print(f"  {step.title}: {step.outcome}, {step.seconds:.0f} s{failure}", flush=True)
             # after every step: what was measured is kept if the next one takes the machine down
             write_text_atomically(args.output / f"{name}.md", as_markdown(machine, done))
-            record = {"machine": machine, "steps": [without_folder(asdict(one)) for one in done]}
+            record = {"machine": machine, "steps": [as_record(one) for one in done]}
             write_text_atomically(args.output / f"{name}.json", json.dumps(record, indent=1) + "\n")
 
     try:
-        for timed, some in itertools.groupby(done, key=lambda step: step.timed):
+        for timed, some in itertools.groupby(chosen, key=lambda step: step.timed):
             with ThreadPoolExecutor(1 if timed else 8) as pool:
                 list(pool.map(go, some))
     finally:
         shutil.rmtree(folder)
     print((args.output / f"{name}.md").read_text())
-    return int(any(step.failed for step in done))
+    return int(any(step.failed for step in chosen))
 
 
-def without_folder(step: dict[str, Any]) -> dict[str, Any]:
-    return {key: step[key] for key in ("name", "title", "outcome", "seconds", "record")}
+def recall(steps: list[Step], path: Path, machine: dict[str, str]) -> None:
+    """Take over what an earlier call found on this very machine, by the file that it wrote."""
+    if not path.is_file():
+        return
+    record = json.loads(path.read_text())
+    if {**record["machine"], "date": ""} != {**machine, "date": ""}:
+        return
+    known = {one["name"]: one for one in record["steps"]}
+    for step in steps:
+        if before := known.get(step.name):
+            step.outcome, step.seconds, step.words, step.record = (before[key] for key in TOLD)
+
+
+def as_record(step: Step) -> dict[str, Any]:
+    told = asdict(step)
+    return {**{key: told[key] for key in ("name", "title", *TOLD)}, "words": without_paths(step.words)[-TAIL:]}
 
 
 if __name__ == "__main__":

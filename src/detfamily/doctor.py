@@ -98,7 +98,7 @@ def _versions() -> list[tuple[str, str]]:
     rows = [("detfamily", f"{__version__} in {Path(__file__).parent}"), ("python", platform.python_version())]
     rows += [(name, _version(name)) for name in PACKAGES]
     if torch.cuda.is_available():
-        driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+        driver = backends.driver_version()
         rows.append(("CUDA", f"{torch.version.cuda} in PyTorch, driver for {driver // 1000}.{driver % 1000 // 10}"))
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)

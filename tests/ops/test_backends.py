@@ -63,7 +63,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int], driver
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device}")
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    monkeypatch.setattr(backends, "driver_version", lambda: driver)
 
 
 # -- what is there ----------------------------------------------------------------------------------------------------

@@ -68,6 +68,14 @@ def test_report(gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.Monke
     assert [step["outcome"] for step in record["steps"]] == ["passed", "failed", "ended after 1 s", "skipped"]
     assert record["steps"][0]["record"] == [1, 2]
 
+    # one of them anew: the page keeps what the others said
+    words = ["gpu_check.py", "--output", str(tmp_path / "out"), "--only", "good"]
+    figures.unlink()
+    monkeypatch.setattr(sys, "argv", words)
+    assert gpu_check.main() == 0
+    text = (tmp_path / "out" / "some-gpu-9000.md").read_text()
+    assert "Good step: passed" in text and "Bad step: failed" in text and "broken" in text
+
 
 @pytest.mark.usefixtures("gpu")
 def test_every_step_is_a_command_that_exists(

@@ -253,11 +253,23 @@ def _unfit(path: Path, capabilities: Sequence[tuple[int, int]]) -> str:
     for capability in capabilities:
         if archs and not build.serves(archs, capability):
             return f"it has no code for compute capability {capability[0]}.{capability[1]}"
-    driver = torch._C._cuda_getDriverVersion() if capabilities else 0  # type: ignore[attr-defined]
-    needed = build.cuda_major(str(record.get("compiler", "")))
-    if capabilities and needed > driver // 1000:
+    needed, driver = build.cuda_major(str(record.get("compiler", ""))), driver_version() if capabilities else 0
+    if driver and needed > driver // 1000:
         return f"it needs a driver for CUDA {needed}, and the one here is for CUDA {driver // 1000}; update the driver"
     return ""
+
+
+def driver_version() -> int:
+    """The newest CUDA that NVIDIA's driver serves, 13000 for 13.0; 0 where that cannot be found out.
+
+    PyTorch has a function for it in some builds only.
+    """
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
 
 
 def _load(path: Path) -> str:
