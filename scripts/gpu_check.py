@@ -39,6 +39,12 @@ PYTHON = sys.executable
 SANITIZED = "test_16_bit_values or test_number_of_queries or test_what_is_not_sampled or test_views"
 """Tests that the sanitizer watches: it makes kernels a hundred times slower."""
 
+TESTED = (
+    *("tests/ops/test_cuda.py", "tests/ops/test_compiled.py", "tests/ops/test_drop_in.py", "tests/ops/neighborhood"),
+    *("tests/criterion/test_criterion.py", "tests/end_to_end/test_cuda.py"),
+)
+"""What does something else where there is a GPU."""
+
 TAIL = 6000
 TOLD = ("outcome", "seconds", "words", "record")
 
@@ -110,7 +116,6 @@ def steps(args: argparse.Namespace, folder: Path) -> list[Step]:
         machine_code,
         tests,
         goldens,
-        golden_models,
         lambda a, f: sanitizer("memcheck", "reads and writes out of bounds"),
         lambda a, f: sanitizer("racecheck", "races in shared memory"),
         op_float32,
@@ -149,10 +154,11 @@ def machine_code(args: argparse.Namespace, folder: Path) -> Step:
 
 
 def tests(args: argparse.Namespace, folder: Path) -> Step:
-    command = [PYTHON, "-m", "pytest", "-q", "tests/ops", "-p", "no:cacheprovider", "-rs"]
+    command = [PYTHON, "-m", "pytest", "-q", *TESTED, "-p", "no:cacheprovider", "-rsf", "--tb=short"]
+    command += ["--show-capture=no", "-W", "ignore"]
     if importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
-    return Step("tests", "The ops' tests, on the CPU and on the GPU", command, 900)
+        command += ["-n", str(min(14, os.cpu_count() or 1))]
+    return Step("tests", "Tests of the ops and of whole detectors", command, 900)
 
 
 def goldens(args: argparse.Namespace, folder: Path) -> Step:
@@ -160,14 +166,6 @@ def goldens(args: argparse.Namespace, folder: Path) -> Step:
     if not args.goldens.is_dir():
         return Step("goldens", title, words=f"no folder {args.goldens}: pass --goldens")
     return Step("goldens", title, script("check_goldens.py", "--backend", "cuda", args.goldens))
-
-
-def golden_models(args: argparse.Namespace, folder: Path) -> Step:
-    title = "Golden cases of whole detectors, on the GPU"
-    folders = [args.goldens.parent / name for name in ("detr", "deformable_detr", "dino")]
-    if missing := [one.name for one in folders if not one.is_dir()]:
-        return Step("golden-models", title, words=f"no {', '.join(missing)} beside {args.goldens}")
-    return Step("golden-models", title, script("check_goldens.py", "--backend", "cuda", *folders))
 
 
 def sanitizer(tool: str, what: str) -> Step:
@@ -194,17 +192,17 @@ def rivals(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
 
 
 def op_float32(args: argparse.Namespace, folder: Path) -> Step:
-    return _op("op-float32", "The op in float32", args, folder, "float32", ["encoder", "uniform"])
+    return _op("op-float32", "The op in float32", args, folder, "float32")
 
 
 def op_16_bits(args: argparse.Namespace, folder: Path) -> Step:
-    return _op("op-bfloat16", "The op in bfloat16", args, folder, "bfloat16", ["encoder"])
+    return _op("op-bfloat16", "The op in bfloat16", args, folder, "bfloat16")
 
 
-def _op(name: str, title: str, args: argparse.Namespace, folder: Path, dtype: str, locations: list[str]) -> Step:
+def _op(name: str, title: str, args: argparse.Namespace, folder: Path, dtype: str) -> Step:
     more, environment = rivals(args)
     path = folder / f"{name}.json"
-    options = ["--device", "cuda", "--dtypes", dtype, "--locations", *locations, "--json", path]
+    options = ["--device", "cuda", "--dtypes", dtype, "--json", path]
     return Step(name, title, script("benchmark_op.py", *options, *more), 500, environment, path, timed=True)
 
 

@@ -111,7 +111,7 @@ def test_another_stream(make_call: Make) -> None:
 def test_encoders(make_call: Make, shapes: tuple[tuple[int, int], ...], reference_dim: int, dtype: torch.dtype) -> None:
     """As many queries as tokens: blocks take tiles of a map."""
     tokens = sum(h * w for h, w in shapes)
-    call = make_call(shapes=shapes, queries=tokens, heads=8, width=32, reference_dim=reference_dim)
+    call = make_call(shapes=shapes, queries=tokens, heads=8, width=32, reference_dim=reference_dim).off_edges()
     actual = gradients(call, dtype)
     leaves = [leaf.detach().double().requires_grad_() for leaf in call.projected(dtype)]
     with backends.use_backend("reference"):
