@@ -256,7 +256,7 @@ def profile(run: Callable[[], object], device: torch.device, figures: Figures) -
     operators = [row for row in rows if row.device_type == torch.autograd.DeviceType.CPU]
     times = {row.key: row.self_device_time_total if cuda else row.self_cpu_time_total for row in operators}
     total = sum(times.values())
-    kernels = [row for row in rows if row.device_type != torch.autograd.DeviceType.CPU]
+    kernels = [row for row in rows if row.device_type != torch.autograd.DeviceType.CPU and row.key != CRITERION]
     figures.device_ms = sum(row.self_device_time_total for row in kernels) / 1000
     kernels.sort(key=lambda row: -row.self_device_time_total)
     figures.kernels = {row.key[:100]: [row.self_device_time_total / 1000, row.count] for row in kernels[:40]}
