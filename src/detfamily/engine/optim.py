@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from detfamily.engine.distributed import World
+from detfamily.engine.sharding import share_like, whole
 from detfamily.errors import ConfigError, NonFiniteError, nearest
 
 DEFAULT_GROUP = "default"
@@ -170,19 +172,25 @@ def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float | None) 
     """Scale all gradients so that their norm is at most ``clip_norm``; return the norm before that, on the device."""
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
     if clip_norm is None:
-        return nn.utils.get_total_norm([parameter.grad for parameter in with_gradient if parameter.grad is not None])
-    return nn.utils.clip_grad_norm_(with_gradient, clip_norm)
+        gradients = [parameter.grad for parameter in with_gradient if parameter.grad is not None]
+        return whole(nn.utils.get_total_norm(gradients))
+    return whole(nn.utils.clip_grad_norm_(with_gradient, clip_norm))
 
 
 def gated_step(optimizer: torch.optim.AdamW, finite: Tensor) -> None:
     """Update the parameters, their moments and step counts if ``finite`` holds; leave all as they are if not.
 
-    The decision is taken by the fused kernel on the device, through the door that gradient scalers use.
+    The decision is taken by the fused kernel on the device, through the door that gradient scalers use; where
+    parameters are shared out, for which there is no such door, by the host, which waits for it.
 
     Args:
         optimizer: a fused AdamW.
         finite: scalar bool tensor on the parameters' device.
     """
+    if any(isinstance(one, DTensor) for group in optimizer.param_groups for one in group["params"][:1]):
+        if finite.item():
+            optimizer.step()
+        return
     optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
     try:
         optimizer.step()
@@ -291,15 +299,18 @@ class FiniteGuard:
 
 def moments(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, dict[str, Tensor]]:
     """What the optimiser remembers, by parameter name, so that other groups in a resumed run cannot mix it up."""
-    return {name: dict(optimizer.state[one]) for name, one in model.named_parameters() if one in optimizer.state}
+    return {
+        name: {key: whole(value) for key, value in optimizer.state[one].items()}
+        for name, one in model.named_parameters()
+        if one in optimizer.state
+    }
 
 
 def load_moments(model: nn.Module, optimizer: torch.optim.AdamW, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Give each parameter what ``moments`` kept for it."""
     for name, parameter in model.named_parameters():
         if name in saved and parameter.requires_grad:
-            kept = {key: value.detach().clone().to(parameter.device) for key, value in saved[name].items()}
-            optimizer.state[parameter] = kept
+            optimizer.state[parameter] = {key: share_like(value, parameter) for key, value in saved[name].items()}
 
 
 class Ema:

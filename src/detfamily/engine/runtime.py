@@ -34,6 +34,8 @@ class Runtime:
             Smaller than the share: gradients are accumulated.
         num_workers: processes that read images, for each process that trains; 0 reads in the training process.
         threads: threads of the CPU's operators; None leaves torch's own choice.
+        sharding: what several processes keep of the network: ``none``: all of it, each; ``full``: a share of every
+            parameter, gradient and moment (FSDP2), for networks that are too large for one device.
         compile: run the model through ``torch.compile`` (each new image size is compiled once more).
         deterministic: prefer operators that give the same bits again; torch warns by name of those that have no such
             form on the device.
@@ -51,6 +53,7 @@ class Runtime:
     batch_size_per_device: int | None = None
     num_workers: int = 2
     threads: int | None = None
+    sharding: Literal["none", "full"] = "none"
     compile: bool = False
     deterministic: bool = False
     tf32: bool = True
@@ -61,6 +64,7 @@ class Runtime:
         for name, options in (
             ("device", ("auto", "cpu", "cuda")),
             ("precision", tuple(DTYPES)),
+            ("sharding", ("none", "full")),
             ("on_non_finite", ("stop", "skip")),
         ):
             value = getattr(self, name)
@@ -111,7 +115,7 @@ class Runtime:
             words = [torch.cuda.get_device_name()]
         else:
             words = [f"cpu, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"]
-        words += [f"{world_size} processes"] * (world_size > 1)
+        words += [f"{world_size} processes"] * (world_size > 1) + ["parameters shared out"] * (self.sharding == "full")
         words += [self.precision, f"{self.num_workers} reading worker{'s' * (self.num_workers != 1)}"]
         words += ["compiled"] * self.compile + ["deterministic"] * self.deterministic
         return ", ".join(words)

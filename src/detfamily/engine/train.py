@@ -7,6 +7,7 @@ steps, ``train_step`` through the micro-batches of one optimiser step. What is a
 
 from __future__ import annotations
 
+import copy
 import inspect
 import time
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,7 @@ from typing import Any, Protocol, cast, get_args
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from detfamily.attention.ms_deform import MSDeformAttention
@@ -67,6 +69,7 @@ from detfamily.engine.run import (
 )
 from detfamily.engine.runtime import Runtime, plan, rng_state, seed_all, set_rng_state
 from detfamily.engine.schedule import Schedule
+from detfamily.engine.sharding import share_out, whole_state
 from detfamily.errors import CheckpointError, ConfigError, DataError, NonFiniteError, nearest, require_at_least
 from detfamily.evaluation.coco_metrics import Backend
 from detfamily.files import remove_parts
@@ -170,7 +173,6 @@ class Trainer:
         self.initial: Report | None = None
         self.net = self._starting_net(state, given).to(self.device)
         self.criterion = self.build_criterion().to(self.device)
-        self.optimizer = self.recipe.build(self.net)
         self.ema = None if self.recipe.ema_decay is None else Ema(self.net, self.recipe.ema_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=runtime.precision == "fp16")
         self.statistics = RunningStatistics(self.net)
@@ -180,7 +182,9 @@ class Trainer:
         self.meter = LossMeter(world)
         if runtime.compile:
             self.net.compile()
+        self.whole: nn.Module | None = None
         self.model = self._spread(self.net)
+        self.optimizer = self.recipe.build(self.net)
         # From here on the processes draw different numbers (dropout, noise); their weights are the main one's.
         seed_all(cfg.seed + world.rank)
 
@@ -364,6 +368,8 @@ class Trainer:
         """Let the processes average their gradients in the last backward of a step only."""
         if isinstance(self.model, DistributedDataParallel) and not last:
             return self.model.no_sync()
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
         return nullcontext()
 
     def factor(self, step: int) -> float:
@@ -388,6 +394,8 @@ class Trainer:
         self.world.share_buffers(self.net)
         if self.ema is not None:  # its averages of running statistics drift apart as those themselves do
             self.world.share_buffers(self.ema.model)
+        if self.whole is not None:  # the processes evaluate different numbers of images, so none may wait for another
+            self.whole.load_state_dict(whole_state(self.net))
         self.evaluation = self.measure()
         if self.evaluation is None:
             self.leave()
@@ -396,7 +404,9 @@ class Trainer:
 
     @property
     def evaluated(self) -> nn.Module:
-        return self.net if self.ema is None else self.ema.model
+        if self.ema is not None:
+            return self.ema.model
+        return self.net if self.whole is None else self.whole
 
     def announce(self) -> None:
         """Make the run folder, and say what is going to be done."""
@@ -516,7 +526,7 @@ class Trainer:
             "config": self.config,
             "template": OmegaConf.to_container(self.cfg, resolve=False),
             "label_map": self.data.label_map.state_dict(),
-            "model": self.net.state_dict(),
+            "model": whole_state(self.net),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "optimizer": moments(self.net, self.optimizer),
             "scaler": self.scaler.state_dict(),
@@ -577,6 +587,9 @@ class Trainer:
         return net
 
     def _spread(self, model: nn.Module) -> nn.Module:
+        if self.runtime.sharding == "full":
+            self.whole = copy.deepcopy(model).requires_grad_(False)
+            return cast("nn.Module", share_out(model, self.device.type, self.world.size))
         if self.world.size == 1:
             return model
         # Buffers are shared before evaluations instead of before each forward: those of frozen norms never change.
@@ -584,6 +597,16 @@ class Trainer:
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its older name
         settings: dict[str, Any] = {name: False}
         return DistributedDataParallel(model, gradient_as_bucket_view=True, **settings)
+
+    def _check_sharding(self) -> None:
+        for bad, words in (
+            (self.world.size == 1, "needs several processes, which torchrun starts; this is one"),
+            (self.recipe.ema_decay is not None, "keeps no averaged weights: optimizer.ema_decay=null"),
+            (self.runtime.precision == "fp16", "has no scaled gradients: runtime.precision=bf16"),
+            (self.runtime.compile, "is not compiled: runtime.compile=false"),
+        ):
+            if bad:
+                raise ConfigError(f"runtime.sharding=full {words}")
 
     def _shape_of_plan(self) -> dict[str, int]:
         return {"total_batch_size": self.plan.total_batch_size, "steps_per_epoch": self.plan.steps_per_epoch}
@@ -634,6 +657,8 @@ class Trainer:
             ("tracking.log_every", cfg.tracking.log_every, 1),
         ):
             require_at_least(least, key, value)
+        if self.runtime.sharding == "full":
+            self._check_sharding()
         if not str(cfg.name) or "/" in str(cfg.name):
             raise ConfigError(f"name is {cfg.name!r}; expected a name, as the run folder is called after it")
 
