@@ -174,6 +174,18 @@ COMMANDS = {
             composed=False,
         ),
         Command(
+            "rehearse",
+            "take every row of tables through one step of training and a small evaluation, and say which fail",
+            "train",
+            "detfamily.experiments.rehearse:rehearse",
+            (
+                "jobs=2",
+                "experiments/dino experiments/co_detr/heads.yaml",
+                "experiments/detr/encoder_depth.yaml scale=coco data.root=/data/coco 'rows=0 layers,6 layers'",
+            ),
+            composed=False,
+        ),
+        Command(
             "report",
             "write the results of an ablation table beside the published ones, with intervals and curves",
             None,

@@ -10,7 +10,7 @@ from detfamily.errors import ConfigError
 from detfamily.experiments.results import slug
 from detfamily.experiments.version import PACKAGE, Code, code_version, hash_files
 from detfamily.files import write_text_atomically
-from detfamily.matrix.cell import FAILED, Outcome
+from detfamily.matrix.cell import FAILED, Outcome, examine
 from detfamily.matrix.report import as_text, line_of, write_report
 from detfamily.matrix.request import Cell, Request, check_names, read_request
 from detfamily.matrix.results import Results
@@ -40,7 +40,12 @@ def files_identity() -> str:
     return f"{hash_files(PACKAGE)}{hash_files(configs_dir())}"
 
 
-def go(request: Request, work: Work = examine_all, identity: Callable[[], str] = files_identity) -> int:
+def measure_all(cells: Sequence[Cell], jobs: int, ended: Callable[[Cell, Outcome], None]) -> None:
+    """Examine cells in processes of their own."""
+    examine_all(cells, jobs, ended, examine)
+
+
+def go(request: Request, work: Work = measure_all, identity: Callable[[], str] = files_identity) -> int:
     """Examine the cells, and print and write how they ended.
 
     Args:

@@ -1,4 +1,4 @@
-"""Cells in processes of their own: one that is killed, or dies of its compiled code, costs its cell and no other."""
+"""Cells of work in processes of their own: one that is killed, or dies of compiled code, costs its cell alone."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import os
 import signal
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
+from typing import Any, Generic, TypeVar
 
 import torch
 
-from detfamily.matrix.cell import FAILED, Outcome, examine
-from detfamily.matrix.request import Cell
+from detfamily.matrix.cell import FAILED, Outcome
 
-Examine = Callable[[Cell], Outcome]
+T = TypeVar("T")
+"""What a cell is: of the matrix, a row of a table, ..."""
 
 
-class Worker:
+class Worker(Generic[T]):
     """A process that examines cells, one after the other.
 
     Args:
@@ -24,20 +25,21 @@ class Worker:
         examine: what is done with a cell; a function of a module.
     """
 
-    def __init__(self, threads: int | None, examine: Examine) -> None:
+    def __init__(self, threads: int | None, examine: Callable[[T], Outcome]) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would share torch's threads
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, threads, examine), daemon=True)
+        # not a daemon, which could not start processes that read or draw images; stop() ends it in any case
+        self.process = context.Process(target=_serve, args=(theirs, threads, examine), daemon=False)
         self.process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
-        self.cell: Cell | None = None
+        self.cell: T | None = None
 
-    def start(self, cell: Cell) -> None:
+    def start(self, cell: T) -> None:
         """Hand a cell over."""
         self.cell = cell
         self.connection.send(cell)
 
-    def result(self) -> tuple[Cell, Outcome]:
+    def result(self) -> tuple[T, Outcome]:
         """The cell and its outcome, when there is something to read; a process that is gone has failed."""
         cell, self.cell = self.cell, None
         assert cell is not None
@@ -57,7 +59,7 @@ class Worker:
 
 
 def examine_all(
-    cells: Iterable[Cell], jobs: int, ended: Callable[[Cell, Outcome], None], examine: Examine = examine
+    cells: Iterable[T], jobs: int, ended: Callable[[T, Outcome], None], examine: Callable[[T], Outcome]
 ) -> None:
     """Examine cells in their order, several at once.
 
@@ -69,7 +71,7 @@ def examine_all(
     """
     waiting = list(cells)[::-1]
     threads = None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
-    workers: list[Worker] = []
+    workers: list[Worker[T]] = []
     try:
         while waiting or any(one.cell for one in workers):
             free = [one for one in workers if one.cell is None]
@@ -91,7 +93,7 @@ def examine_all(
             one.stop()
 
 
-def _serve(connection: Connection, threads: int | None, examine: Examine) -> None:
+def _serve(connection: Connection, threads: int | None, examine: Callable[[Any], Outcome]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
     if threads is not None:
         torch.set_num_threads(threads)
