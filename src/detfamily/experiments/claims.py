@@ -121,7 +121,7 @@ def counts(given: Sequence[Claim]) -> dict[str, int]:
 
 
 def summary(found: Findings) -> str:
-    """The signs of all published differences in a sentence, and what speaks against the order of the rows in another."""
+    """The signs of all published differences in a sentence, and which rows are in another order for sure."""
     given = claims(found.table, found)
     if not given:
         return "The source prints no differences between these rows, so there are no figures to hold it to."

@@ -15,7 +15,7 @@ from detfamily.experiments.statistics import Difference, difference, summarize
 from detfamily.experiments.table import Table, read_table
 from detfamily.experiments.task import TASKS
 
-USAGE = "detfamily report TABLE.yaml|FOLDER [scale=mini] [output_dir=FOLDER OF THE RUNS]"
+USAGE = "detfamily report [experiments|TABLE.yaml|FOLDER [scale=mini] [output_dir=FOLDER OF THE RUNS]]"
 
 
 @dataclass(frozen=True)

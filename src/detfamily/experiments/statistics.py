@@ -203,5 +203,7 @@ def _tau_interval(figures: np.ndarray, runs: Sequence[Mapping[int, float]]) -> t
     else:
         each = [np.array(list(one.values())) for one in runs]
         means = np.stack([one[generator.integers(len(one), size=(_DRAWS, len(one)))].mean(-1) for one in each], -1)
-    low, high = np.nanquantile(kendall_tau(figures, means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    taus = kendall_tau(figures, means)
+    # Taus that occur, outwards: between two that do, interpolation would find one that cannot be.
+    low = np.nanquantile(taus, (1 - LEVEL) / 2, method="lower")
+    return float(low), float(np.nanquantile(taus, (1 + LEVEL) / 2, method="higher"))

@@ -117,8 +117,9 @@ class Table:
         apart = {one: self.published_difference(one) for one in self.labels if one != self.baseline}
         if all(one is None for one in apart.values()):
             return {row.label: float(row.published[metric]) for row in self.rows if metric in row.published}
+        levels = {one: 0.0 if one == self.baseline else apart[one] for one in self.labels}
         # Rounded, so that rows with the same figure stay equal.
-        return {one: round(value, 6) for one, value in {**apart, self.baseline: 0.0}.items() if value is not None}
+        return {one: round(value, 6) for one, value in levels.items() if value is not None}
 
 
 def read_table(path: str | Path) -> Table:
