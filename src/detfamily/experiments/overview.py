@@ -107,7 +107,7 @@ def _summary(entries: Sequence[Entry]) -> list[str]:
     have = sum(len(one.found.labels) for one in run if one.found)
     lines = [
         f"- {len(run)} of {len(entries)} tables have runs, and {have} of {rows} rows: {finished} finished runs, "
-        f"{hours(spent)}.",
+        f"{hours(dict(sorted(spent.items(), reverse=True)))}.",
         f"- The sources print {stand.total()} differences to a baseline. {_counted(stand)}",
     ]
     for entry in run:
