@@ -187,10 +187,11 @@ COMMANDS = {
         ),
         Command(
             "report",
-            "write the results of an ablation table beside the published ones, with intervals and curves",
+            "write the results of an ablation table beside the published ones; without one, a page over all tables",
             None,
             "detfamily.experiments.report:report",
             (
+                "experiments",
                 "experiments/deformable_detr/variants.yaml",
                 "runs/ablate/deformable_detr/variants-mini",
             ),

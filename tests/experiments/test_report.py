@@ -64,18 +64,17 @@ def test_the_main_table_by_hand(put, records):
         "3",
         "+4.0",
         f"+{4 - reach:.1f} to +{4 + reach:.1f} (paired, n = 3)",
-        "yes",
+        "same sign, resolved",
         "20800",
     ]
     assert row_of(page, "plain")[2:6] == ["baseline", "31.0 ± 1.0", "3", "baseline"]
-    assert row_of(page, "no NMS")[2] == "−1.0" and row_of(page, "no NMS")[7] == "no"  # noqa: RUF001
+    assert row_of(page, "no NMS")[2] == "−1.0" and row_of(page, "no NMS")[7] == "no difference, not resolved"  # noqa: RUF001
 
 
 def test_the_reading_says_what_is_resolved_and_what_is_not(put, records):
     said = " ".join(reading(put(records)))
     assert "leaves zero out): 1 of 2: `refined, well` +4.0 (n = 3)." in said
     assert "Not resolved, the interval contains zero: `no NMS` +0.0 (n = 3)." in said
-    assert "prints 2 of these differences; resolved here with its sign: 1, with the opposite sign: 0, open: 1." in said
     page = markdown(put(records), {})
     assert "absolute figures are not comparable" in page and "More is better." in page and "nowhere, table 1" in page
 
@@ -84,12 +83,15 @@ def test_one_seed_resolves_nothing(put, records):
     found = put([one for one in records if one["seed"] == 0])
     said = " ".join(reading(found))
     assert "0 of 2." in said and "nothing can be told from chance" in said
-    assert row_of(markdown(found, {}), "refined, well")[6:8] == ["none (n = 1)", "no"]
+    assert row_of(markdown(found, {}), "refined, well")[6:8] == ["none (n = 1)", "same sign, no interval"]
+    assert "No row has two seeds, so how far chance could move it is not known." in said
 
 
 def test_the_opposite_sign_is_told(put, records):
     turned = [{**one, "AP": one["AP"] - 0.08} if one["row"] == "refined, well" else one for one in records]
-    assert "with the opposite sign: 1 (`refined, well`), open: 1." in " ".join(reading(put(turned)))
+    found = put(turned)
+    assert row_of(markdown(found, {}), "refined, well")[7] == "opposite sign, resolved"
+    assert "1 resolved with the opposite one (`refined, well`)" in markdown(found, {})
 
 
 def test_no_learning_and_other_lengths_are_told(put, records):
@@ -163,7 +165,8 @@ def test_a_file_that_mixes_code_is_refused(put, records):
         (["TABLE", "output_dir=nowhere"], DataError, "no results yet in nowhere"),
         (["TABLE", "scale=minni"], ConfigError, "no scale 'minni': did you mean 'mini'"),
         (["TABLE", "scal=mini"], ConfigError, "did you mean 'scale'"),
-        ([], ConfigError, "expected one table"),
+        (["TABLE", "TABLE"], ConfigError, "expected one table"),
+        ([], ConfigError, "no tables in experiments"),
         (["nothing.yaml"], ConfigError, "there is no table nothing.yaml"),
     ],
 )
@@ -201,7 +204,10 @@ def test_what_a_row_costs_and_which_rows_no_other_beats(put, records, table, wri
     assert frontier(costs) == ["plain", "refined, well"]  # "no NMS" is as good as plain, and slower
     page = markdown(found, {})
     costs_of = page[page.index("## What a row costs") : page.index("## What was run")]
-    assert row_of(costs_of, "refined, well") == ["refined, well", "35.0 ± 1.7", "82.0", "0.50", "3.3", "yes"]
+    # Three runs of 200 seconds, as long as the baseline's.
+    cells = ["refined, well", "35.0 ± 1.7", "82.0", "0.50", "3.3", "1.00", "0.17 CPU-h", "yes"]
+    assert row_of(costs_of, "refined, well") == cells
+    assert "All 9 runs together: 0.50 CPU-h" in costs_of
     assert row_of(costs_of, "no NMS")[-1] == "no"
     report([str(table.path)])
     assert "pictures/table-tradeoff.png" in capsys.readouterr().out
@@ -216,3 +222,21 @@ def test_what_a_row_costs_and_which_rows_no_other_beats(put, records, table, wri
 def test_unknown_speeds_are_left_out(put, records):
     found = put([{**one, "images_per_second": None} for one in records])
     assert found.tradeoff() == {} and "What a row costs" not in markdown(found, {})
+
+
+def test_hours_are_those_of_gpus_where_runs_say_so_and_failed_runs_count(put, records):
+    seconds = {"plain": 3600, "refined, well": 5400, "no NMS": 1800}
+    given = [{**one, "seconds": seconds[one["row"]] + 360 * one["seed"]} for one in records]
+    for one in given:
+        if one["row"] == "refined, well":
+            one |= {"gpu_hours": 3.0, "devices": 2}
+        if one["row"] == "no NMS":
+            one |= {"memory_of": "cuda"}
+    failed = record("plain", 3, None, status="failed", error="killed", seconds=7200, gpu_hours=None)
+    found = put([*given, failed])
+    assert found.spent("refined, well") == {"GPU": 9.0}
+    assert found.spent("no NMS") == pytest.approx({"GPU": 3 * 0.5 + 0.3})
+    assert found.spent("plain") == pytest.approx({"CPU": 3 + 0.3 + 2})
+    assert found.spent() == pytest.approx({"GPU": 10.8, "CPU": 5.3})
+    assert found.tradeoff()["refined, well"].relative == pytest.approx(1.5)
+    assert "All 10 runs together: 10.8 GPU-h + 5.30 CPU-h" in markdown(found, {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from detfamily.errors import ConfigError, DataError, nearest
@@ -15,7 +15,7 @@ from detfamily.experiments.statistics import Difference, difference, summarize
 from detfamily.experiments.table import Table, read_table
 from detfamily.experiments.task import TASKS
 
-USAGE = "detfamily report TABLE.yaml|FOLDER [scale=mini] [output_dir=FOLDER OF THE RUNS]"
+USAGE = "detfamily report [experiments|TABLE.yaml|FOLDER [scale=mini] [output_dir=FOLDER OF THE RUNS]]"
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Cost:
         images_per_second: in training, of the fastest run: other work on the machine only slows a run down.
         memory_gib: peak, median; None where it was not measured.
         seconds: of the shortest run.
+        relative: the seconds as a multiple of the baseline's; None where either is not known.
+        spent: hours of all of the row's runs, by what they ran on.
     """
 
     reached: float
@@ -35,6 +37,12 @@ class Cost:
     images_per_second: float
     memory_gib: float | None
     seconds: float | None
+    relative: float | None = None
+    spent: Mapping[str, float] = field(default_factory=dict)
+
+
+SPENT = "GPU-h are GPUs times hours, CPU-h the hours that processes took, whatever their threads"
+"""What hours mean, in words."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +84,31 @@ class Findings:
     def tradeoff(self) -> dict[str, Cost]:
         """Label -> what the row reached and took, of the rows whose speed is known."""
         found = {}
+        base = self.over_runs(min, self.table.baseline, "seconds")
         for label in self.labels:
             whole = summarize(list(self.values(label).values()))
             speed = self.over_runs(max, label, "images_per_second")
             if speed is not None:
                 memory = self.over_runs(statistics.median, label, "memory_gib")
                 seconds = self.over_runs(min, label, "seconds")
-                found[label] = Cost(whole.mean, whole.spread, speed, memory, seconds)
+                relative = seconds / base if seconds is not None and base else None
+                found[label] = Cost(whole.mean, whole.spread, speed, memory, seconds, relative, self.spent(label))
         return found
+
+    def spent(self, label: str | None = None) -> dict[str, float]:
+        """Hours of all runs, also of those that failed, of a row or of the table: ``{"GPU": ..., "CPU": ...}``.
+
+        A run on a GPU that does not say how many it had, had one.
+        """
+        found: dict[str, float] = {}
+        for one in self.records:
+            if label not in (None, one["row"]):
+                continue
+            on_gpu = bool(one.get("gpu_hours")) or one.get("memory_of") == "cuda"
+            amount = one.get("gpu_hours") or (one.get("seconds") or 0) / 3600
+            kind = "GPU" if on_gpu else "CPU"
+            found[kind] = found.get(kind, 0) + amount
+        return {kind: amount for kind, amount in sorted(found.items(), reverse=True) if amount}
 
     def difference(self, label: str) -> Difference:
         """A row minus the baseline, points."""

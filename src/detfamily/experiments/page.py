@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
-from detfamily.experiments.findings import Findings, frontier
+from detfamily.experiments.claims import NOT_RUN, claim_of, claims, order_of, summary
+from detfamily.experiments.findings import SPENT, Findings, frontier
 from detfamily.experiments.results import FAILED, FINISHED
-from detfamily.experiments.statistics import Difference, summarize
-from detfamily.experiments.table import Table
+from detfamily.experiments.statistics import LEVEL, Difference, summarize
+from detfamily.experiments.text import figure, grid, hours, names, number, signed, with_spread
 
 
 def markdown(found: Findings, pictures: Mapping[str, str], records: str | None = None) -> str:
@@ -26,13 +27,14 @@ def markdown(found: Findings, pictures: Mapping[str, str], records: str | None =
         f"`{table.name}`: written by `detfamily report` from the {len(found.records)} runs in {records}.",
         f"**The claim** ({table.source}): {' '.join(table.claim.split())}",
         f"**Here:** {_setting(found)}",
+        f"**Does it hold here?** {summary(found)}",
         "## Reading",
         "\n".join(f"- {sentence}" for sentence in reading(found)),
         "## Ours beside published",
         _main_table(found),
         f"{label} in per cent; ± is the standard deviation of a single run over the seeds. The difference is that of "
         f"the means to `{table.baseline}`, in points, with its 95 % t-interval; *paired* compares runs of the same "
-        "seed.",
+        "seed. The verdict compares the sign with the published one; resolved: the interval leaves zero out.",
         *(f"![{caption}]({file})\n\n{caption}." for caption, file in pictures.items()),
         f"## {table.task.others}",
         _size_table(found),
@@ -69,7 +71,7 @@ def reading(found: Findings) -> list[str]:
     if not found.others:
         return [f"Only the baseline `{base}` has finished, so there is nothing to compare."]
     compared = {label: found.difference(label) for label in found.others}
-    return [_verdict(compared, base), *_signs(found.table, compared), *_precision(compared), *_cautions(found)]
+    return [_verdict(compared, base), *_order(found), *_sizes(found), *_precision(compared), *_cautions(found)]
 
 
 def _verdict(compared: Mapping[str, Difference], base: str) -> str:
@@ -83,6 +85,38 @@ def _verdict(compared: Mapping[str, Difference], base: str) -> str:
     if single:
         words += f" One run on either side has no spread, so nothing can be told from chance: {_listing(single)}."
     return words
+
+
+def _order(found: Findings) -> list[str]:
+    """Whether the rows come in the published order."""
+    one = order_of(found)
+    if one is None:
+        return []
+    words = (
+        f"Order: Kendall's tau-b between the published figures and ours is {signed(one.tau, 2)} over {one.rows} rows "
+    )
+    words += f"({one.agree} pairs in the published order, {one.against} against it). "
+    if math.isnan(one.low):
+        words += "No row has two seeds, so how far chance could move it is not known. "
+    else:
+        words += f"With the seeds drawn again, 95 % lie from {signed(one.low, 2)} to {signed(one.high, 2)} "
+        words += f"(at most {one.seeds} seeds a row{', from so few rather too narrow' if one.seeds < 10 else ''}). "
+    words += f"Rows in random order agree as well with a probability of {one.chance:.2g}"
+    least = f"; {one.rows} rows allow no less than {one.least:.2g}" if one.least > 1 - LEVEL else ""
+    return [f"{words}{least}."]
+
+
+def _sizes(found: Findings) -> list[str]:
+    """Whether differences are as large as published."""
+    known = {one.label: one.holds_size for one in claims(found.table, found) if one.holds_size is not None}
+    if not known:
+        return []
+    inside = [label for label, holds in known.items() if holds]
+    words = f"Size: the published one lies in {len(inside)} of {len(known)} intervals"
+    words += f" ({names(inside)})." if inside else "."
+    if found.plan.scale != found.table.task.published:
+        words += " On a miniature, whose training is short, sizes need not be the paper's."
+    return [words]
 
 
 def _precision(compared: Mapping[str, Difference]) -> list[str]:
@@ -107,7 +141,7 @@ def _cautions(found: Findings) -> list[str]:
     means = {label: summarize(list(found.values(label).values())).mean for label in found.labels}
     low = [label for label, mean in means.items() if mean < 1]
     nothing = (
-        f"{_names(low)}: {found.table.task.label} below 1, next to nothing was learned; that says nothing about the "
+        f"{names(low)}: {found.table.task.label} below 1, next to nothing was learned; that says nothing about the "
     )
     sentences = [f"{nothing}claim."] * bool(low)
     if len({_images(found, label) for label in found.labels} - {None}) > 1:
@@ -115,58 +149,41 @@ def _cautions(found: Findings) -> list[str]:
     return sentences + [f"`{label}`: {words}." for label, words in found.plan.remarks.items() if label in found.labels]
 
 
-def _signs(table: Table, compared: Mapping[str, Difference]) -> list[str]:
-    """Whether resolved differences have the published sign."""
-    known = {label: value for label in compared if (value := table.published_difference(label))}
-    told = [label for label in known if compared[label].resolved]
-    if not known:
-        return ["The source prints no differences for these rows."]
-    agree = [label for label in told if math.copysign(1, known[label]) == math.copysign(1, compared[label].mean)]
-    against = [label for label in told if label not in agree]
-    words = f"The source prints {len(known)} of these differences; resolved here with its sign: {len(agree)}, "
-    words += f"with the opposite sign: {len(against)}{f' ({_names(against)})' if against else ''}, "
-    return [words + f"open: {len(known) - len(told)}."]
-
-
 def _listing(compared: Mapping[str, Difference]) -> str:
-    return ", ".join(f"`{label}` {_signed(one.mean)} (n = {one.n})" for label, one in compared.items())
-
-
-def _names(labels: Iterable[str]) -> str:
-    return ", ".join(f"`{label}`" for label in labels)
+    return ", ".join(f"`{label}` {signed(one.mean)} (n = {one.n})" for label, one in compared.items())
 
 
 def _main_table(found: Findings) -> str:
     task = found.table.task
     head = ["row", f"published {task.label}", "published difference", f"our {task.label}", "n"]
-    head += ["our difference", "95 % interval", "resolved", "images"]
+    head += ["our difference", "95 % interval", "verdict", "images"]
+    verdicts = {row.label: claim_of(found.table, row.label, found).verdict for row in found.table.rows}
     lines = []
     for row in found.table.rows:
         ours = found.values(row.label)
         whole = summarize(list(ours.values())) if ours else None
         cells = [
             row.label,
-            _figure(row.published.get(task.metric)),
-            _signed(found.table.published_difference(row.label)),
+            figure(row.published.get(task.metric)),
+            signed(found.table.published_difference(row.label)),
         ]
-        cells += [_mean(whole.mean, whole.spread), str(whole.n)] if whole else ["-", "0"]
-        if whole is None or not found.values(found.table.baseline):
-            cells += ["-", "-", "-"]
-        elif row.label == found.table.baseline:
+        cells += [with_spread(whole.mean, whole.spread), str(whole.n)] if whole else ["-", "0"]
+        if row.label == found.table.baseline:
             cells[2] = "baseline"
-            cells += ["baseline", "-", "-"]
+            cells += ["baseline" if whole else "-", "-", "-" if whole else NOT_RUN]
+        elif whole is None or not found.values(found.table.baseline):
+            cells += ["-", "-", verdicts[row.label]]
         else:
-            cells += _difference_cells(found.difference(row.label))
-        lines.append([*cells, _number(_images(found, row.label))])
-    return _grid(head, lines)
+            cells += [*_difference_cells(found.difference(row.label)), verdicts[row.label]]
+        lines.append([*cells, number(_images(found, row.label))])
+    return grid(head, lines)
 
 
 def _difference_cells(one: Difference) -> list[str]:
     if not one.has_interval:
-        return [_signed(one.mean), "none (n = 1)", "no"]
+        return [signed(one.mean), "none (n = 1)"]
     kind = "paired" if one.paired else "unpaired"
-    interval = f"{_signed(one.low)} to {_signed(one.high)} ({kind}, n = {one.n})"
-    return [_signed(one.mean), interval, "yes" if one.resolved else "no"]
+    return [signed(one.mean), f"{signed(one.low)} to {signed(one.high)} ({kind}, n = {one.n})"]
 
 
 def _size_table(found: Findings) -> str:
@@ -179,10 +196,10 @@ def _size_table(found: Findings) -> str:
         for metric in shown:
             ours = found.values(label, metric)
             whole = summarize(list(ours.values())) if ours else None
-            cells += [_figure(found.table.row(label).published.get(metric))]
-            cells += [_mean(whole.mean, whole.spread) if whole else "-"]
+            cells += [figure(found.table.row(label).published.get(metric))]
+            cells += [with_spread(whole.mean, whole.spread) if whole else "-"]
         lines.append(cells)
-    return _grid(head, lines)
+    return grid(head, lines)
 
 
 def _cost_parts(found: Findings) -> list[str]:
@@ -194,10 +211,12 @@ def _cost_parts(found: Findings) -> list[str]:
     lines = [
         [
             label,
-            _mean(one.reached, one.spread),
+            with_spread(one.reached, one.spread),
             f"{one.images_per_second:.1f}",
             "-" if one.memory_gib is None else f"{one.memory_gib:.2f}",
             "-" if one.seconds is None else f"{one.seconds / 60:.1f}",
+            "-" if one.relative is None else f"{one.relative:.2f}",
+            hours(one.spent),
             "yes" if label in best else "no",
         ]
         for label, one in costs.items()
@@ -208,14 +227,16 @@ def _cost_parts(found: Findings) -> list[str]:
         "images/s in training",
         "peak memory, GiB",
         "minutes",
+        "of the baseline's time",
+        "all its runs",
         "on the frontier",
     ]
     words = (
         f"Speed and minutes are those of a row's fastest run, since other work on the machine only slows a run down; "
         f"memory is the median. On the frontier: no other row has both a higher {found.table.task.label} and a higher "
-        "speed."
+        f"speed. All {len(found.records)} runs together: {hours(found.spent())}; {SPENT}."
     )
-    return ["## What a row costs", _grid(head, lines), words]
+    return ["## What a row costs", grid(head, lines), words]
 
 
 def _run_table(found: Findings) -> str:
@@ -232,16 +253,16 @@ def _run_table(found: Findings) -> str:
                     label,
                     str(one["seed"]),
                     one["status"],
-                    _number(one["images_seen"]),
-                    _figure(None if one[task.metric] is None else 100 * one[task.metric]),
-                    _figure(one.get("images_per_second")),
+                    number(one["images_seen"]),
+                    figure(None if one[task.metric] is None else 100 * one[task.metric]),
+                    figure(one.get("images_per_second")),
                     memory,
-                    _number(one.get("seconds")),
+                    number(one.get("seconds")),
                     one["commit"],
                     str(one.get("date", "-"))[:10],
                 ]
             )
-    return _grid(head, lines)
+    return grid(head, lines)
 
 
 def _troubles(found: Findings) -> list[str]:
@@ -256,7 +277,7 @@ def _troubles(found: Findings) -> list[str]:
             if one["status"] == FAILED:
                 lines.append(f"- `{label}`, seed {seed}: failed: {one['error']}")
             elif one["status"] != FINISHED:
-                lines.append(f"- `{label}`, seed {seed}: not finished ({_number(one['images_seen'])} images)")
+                lines.append(f"- `{label}`, seed {seed}: not finished ({number(one['images_seen'])} images)")
     if found.left_out:
         lines.append(f"- left out: {found.left_out} finished runs of other code or settings in the same folder")
     return lines
@@ -265,24 +286,3 @@ def _troubles(found: Findings) -> list[str]:
 def _images(found: Findings, label: str) -> float | None:
     seen = [one["images_seen"] for one in found.records if one["row"] == label and one["status"] == FINISHED]
     return max((one for one in seen if one is not None), default=None)
-
-
-def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-
-
-def _mean(mean: float, spread: float) -> str:
-    return f"{mean:.1f}" if math.isnan(spread) else f"{mean:.1f} ± {spread:.1f}"
-
-
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.1f}".replace("-", "−")  # noqa: RUF001
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}"

@@ -1,4 +1,4 @@
-"""Pictures of a table: differences beside the published ones, the metric against images seen, and against speed."""
+"""Pictures: differences beside the published ones, the metric against images seen and against speed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
+from detfamily.experiments.claims import Claim
 from detfamily.experiments.findings import Cost, frontier
 from detfamily.experiments.results import FINISHED, Record
 from detfamily.experiments.statistics import Difference
@@ -109,6 +111,62 @@ def plot_tradeoff(costs: Mapping[str, Cost], path: Path, metric: str) -> bool:
     figure.legend(loc="outside right upper", fontsize=8, title=title, title_fontsize=8)
     _save(figure, path)
     return True
+
+
+def plot_overview(found: Mapping[str, Sequence[Claim]], path: Path) -> None:
+    """Draw the published difference of every row against ours with its interval; where signs agree is shaded.
+
+    Ours stand on an axis that is linear up to five points and logarithmic beyond, as they spread over more.
+
+    Args:
+        found: table -> rows that have both.
+        path: the PNG.
+    """
+    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    axes = figure.subplots()
+    for place, (name, claims) in enumerate(found.items()):
+        color, marker = f"C{place % 10}", "os^Dv*"[place % 6]
+        axes.plot([], [], marker, color=color, label=name)
+        for one in claims:
+            _draw_claim(axes, one, color, marker)
+    axes.set_yscale("symlog", linthresh=_LINEAR)
+    wide, high = (max(map(abs, limits)) for limits in (axes.get_xlim(), axes.get_ylim()))
+    for x, y in ((wide, high), (-wide, -high)):
+        axes.fill([0, x, x, 0], [0, 0, y, y], color="C2", alpha=0.08, linewidth=0, zorder=0)
+    line = np.linspace(-wide, wide, 200)
+    axes.plot(line, line, color="0.5", linewidth=1, linestyle=":", label="ours as published")
+    axes.set_xlim(-wide, wide)
+    axes.set_ylim(-high, high)
+    ticks = [one for one in _TICKS if abs(one) <= high]
+    axes.set_yticks(ticks, [f"{one:+d}" if one else "0" for one in ticks])
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.axhline(0, color="0.5", linewidth=1)
+    axes.axvline(0, color="0.5", linewidth=1)
+    axes.grid(alpha=0.3)
+    axes.set_xlabel("published difference to the baseline, points")
+    axes.set_ylabel("ours, points (bars: 95 % interval)")
+    figure.legend(loc="outside right upper", fontsize=8, title="filled: resolved", title_fontsize=8)
+    _save(figure, path)
+
+
+_LINEAR = 5
+_TICKS = (-200, -100, -50, -20, -10, -5, -2, 0, 2, 5, 10, 20, 50, 100, 200)
+
+
+def _draw_claim(axes: Axes, one: Claim, color: str, marker: str) -> None:
+    if one.ours is None or one.published is None:
+        return
+    reach = [[one.ours.mean - one.ours.low], [one.ours.high - one.ours.mean]] if one.ours.has_interval else None
+    axes.errorbar(
+        one.published,
+        one.ours.mean,
+        yerr=reach,
+        fmt=marker,
+        color=color,
+        markerfacecolor=color if one.resolved else "white",
+        capsize=3,
+        linewidth=0.9,
+    )
 
 
 def mean_curve(curves: Sequence[Sequence[Sequence[float]]]) -> tuple[list[float], list[float]]:

@@ -1,4 +1,4 @@
-"""``detfamily report``: what the runs of a table say, beside what the paper says, as Markdown with pictures."""
+"""``detfamily report``: what the runs of a table say, beside what the paper says, with pictures; and all tables."""
 
 from __future__ import annotations
 
@@ -7,25 +7,58 @@ from pathlib import Path
 
 from detfamily.experiments import results
 from detfamily.experiments.findings import Findings, read_findings
+from detfamily.experiments.overview import PAGE, TABLES, drawn, overview, read_tables
 from detfamily.experiments.page import markdown
-from detfamily.experiments.plots import plot_curves, plot_differences, plot_tradeoff
+from detfamily.experiments.plots import plot_curves, plot_differences, plot_overview, plot_tradeoff
+from detfamily.experiments.results import PLAN
 from detfamily.files import write_text_atomically
 
 PICTURES = "pictures"
+EXPERIMENTS = Path("experiments")
+"""The folder of all tables in a checkout."""
 
 
 def report(words: Sequence[str]) -> None:
     """Write the report of a table: ``<table>.md``, ``<table>.jsonl`` and pictures, beside the table.
 
+    Where the folder of all tables has an overview, that is written again, too. Without a table, or with that folder in
+    its place, it is all that is written.
+
     Args:
-        words: a table or a folder of runs, and ``scale=`` or ``output_dir=``.
+        words: a table or a folder of runs, and ``scale=`` or ``output_dir=``; or the folder of all tables, or nothing.
 
     Raises:
         ConfigError, DataError: there is no such table, scale or result.
     """
-    found = read_findings(words)
-    for file in write_report(found):
+    folder = Path(words[0]) if len(words) == 1 else EXPERIMENTS
+    if not words or (folder.is_dir() and not (folder / PLAN).is_file() and any(folder.glob(TABLES))):
+        files = write_overview(folder)
+    else:
+        found = read_findings(words)
+        files = write_report(found)
+        above = found.table.path.resolve().parent.parent
+        if (above / PAGE).is_file():
+            files += write_overview(above)
+    for file in files:
         print(file)
+
+
+def write_overview(folder: Path) -> list[Path]:
+    """Write the page over all tables, and its picture where there is something to draw.
+
+    Args:
+        folder: the one with a folder for each paper.
+
+    Returns:
+        The files, the page first.
+    """
+    entries = read_tables(folder)
+    given = drawn(entries)
+    picture = folder / PICTURES / "overview.png"
+    if given:
+        plot_overview(given, picture)
+    write_text_atomically(folder / PAGE, overview(entries, f"{PICTURES}/{picture.name}" if given else None))
+    return [folder / PAGE, picture] if given else [folder / PAGE]
 
 
 def write_report(found: Findings, page: Path | None = None) -> list[Path]:

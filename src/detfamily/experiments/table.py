@@ -40,6 +40,21 @@ class Row:
 
 
 @dataclass(frozen=True)
+class NotExpressed:
+    """A row of the source that the switches here cannot express.
+
+    Attributes:
+        label: its name in the source.
+        reason: what is missing here.
+        published: figures that the source prints, metrics in per cent.
+    """
+
+    label: str
+    reason: str
+    published: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Table:
     """Variants that belong together.
 
@@ -53,6 +68,7 @@ class Table:
         rows: in the order of the file.
         task: what they train.
         tradeoff: whether rows differ in what they take as much as in what they reach, so that the report draws both.
+        not_expressed: rows of the source that are not among ``rows``.
     """
 
     path: Path
@@ -64,6 +80,7 @@ class Table:
     rows: tuple[Row, ...]
     task: Task = DETECTION
     tradeoff: bool = False
+    not_expressed: tuple[NotExpressed, ...] = ()
 
     @property
     def name(self) -> str:
@@ -94,6 +111,16 @@ class Table:
             return float(row.published[metric]) - float(base.published[metric])
         return None
 
+    def published_order(self) -> dict[str, float]:
+        """What the source puts the rows in order by: differences to the baseline, or else figures; others left out."""
+        metric = self.task.metric
+        apart = {one: self.published_difference(one) for one in self.labels if one != self.baseline}
+        if all(one is None for one in apart.values()):
+            return {row.label: float(row.published[metric]) for row in self.rows if metric in row.published}
+        levels = {one: 0.0 if one == self.baseline else apart[one] for one in self.labels}
+        # Rounded, so that rows with the same figure stay equal.
+        return {one: round(value, 6) for one, value in levels.items() if value is not None}
+
 
 def read_table(path: str | Path) -> Table:
     """Read a table.
@@ -120,7 +147,8 @@ def read_table(path: str | Path) -> Table:
     _check(isinstance(tradeoff, bool), path, "tradeoff", "true or false", tradeoff)
     rows = tuple(_row(path, index, one, task) for index, one in enumerate(found))
     title, claim, source, base, baseline = (content[key].strip() for key in _TABLE_KEYS[:5])
-    table = Table(path, title, claim, source, base, baseline, rows, task, tradeoff)
+    missing = _not_expressed(path, content.get("not_expressed", []), task)
+    table = Table(path, title, claim, source, base, baseline, rows, task, tradeoff, missing)
     _check_labels(table)
     return table
 
@@ -169,6 +197,15 @@ def _row(path: Path, index: int, given: Any, task: Task) -> Row:
     overrides = given["overrides"]
     fine = isinstance(overrides, list) and all(isinstance(one, str) for one in overrides)
     _check(fine, path, f"{where}.overrides", "a list of overrides such as [decoder=refine]", overrides)
+    _check_figures(path, where, given, task)
+    for key in ("weights_of", "note"):
+        _check(given.get(key) is None or isinstance(given[key], str), path, f"{where}.{key}", "a text", given.get(key))
+    if given.get("weights_of") is not None and task is not DETECTION:
+        raise ConfigError(f"{path}: {where}.weights_of: only detectors can be evaluated in other ways than trained")
+    return Row(**{**given, "overrides": tuple(overrides)})
+
+
+def _check_figures(path: Path, where: str, given: Mapping[str, Any], task: Task) -> None:
     for key, known in (("published", (*task.metrics, *_COSTS)), ("difference", task.metrics)):
         figures = given.get(key, {})
         _check(isinstance(figures, dict), path, f"{where}.{key}", f"a mapping such as {{{task.metric}: 43.8}}", figures)
@@ -176,11 +213,20 @@ def _row(path: Path, index: int, given: Any, task: Task) -> Row:
         for name, value in figures.items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             _check(number, path, f"{where}.{key}.{name}", "a number", value)
-    for key in ("weights_of", "note"):
-        _check(given.get(key) is None or isinstance(given[key], str), path, f"{where}.{key}", "a text", given.get(key))
-    if given.get("weights_of") is not None and task is not DETECTION:
-        raise ConfigError(f"{path}: {where}.weights_of: only detectors can be evaluated in other ways than trained")
-    return Row(**{**given, "overrides": tuple(overrides)})
+
+
+def _not_expressed(path: Path, given: Any, task: Task) -> tuple[NotExpressed, ...]:
+    _check(isinstance(given, list), path, "not_expressed", "a list of rows", given)
+    found = []
+    for index, one in enumerate(given):
+        where = f"not_expressed.{index}"
+        _check(isinstance(one, dict), path, where, "a mapping with label and reason", one)
+        _check_keys(one, ("label", "reason", "published"), ("published",), f"{path}: {where}")
+        for key in ("label", "reason"):
+            _check(isinstance(one[key], str) and bool(one[key].strip()), path, f"{where}.{key}", "a text", one[key])
+        _check_figures(path, where, one, task)
+        found.append(NotExpressed(**one))
+    return tuple(found)
 
 
 def _check_labels(table: Table) -> None:
