@@ -234,7 +234,8 @@ def _cost_parts(found: Findings) -> list[str]:
     words = (
         f"Speed and minutes are those of a row's fastest run, since other work on the machine only slows a run down; "
         f"memory is the median. On the frontier: no other row has both a higher {found.table.task.label} and a higher "
-        f"speed. All {len(found.records)} runs together: {hours(found.spent())}; {SPENT}."
+        "speed. The multiple of the baseline's time compares two such runs, so where the machine was busy it tells of "
+        f"that, too. All {len(found.records)} runs together: {hours(found.spent())}; {SPENT}."
     )
     return ["## What a row costs", grid(head, lines), words]
 
