@@ -1,19 +1,23 @@
 # make demo     a detector learns, from nothing, on images that it makes itself
 # make test     style, types, tests
-# Both create .venv and install into it when needed. Another Python: make PYTHON=python3.12 demo
+# make test-slow  runs on clusters that are made for it on this machine
+# They create .venv and install into it when needed. Another Python: make PYTHON=python3.12 demo
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format wheel clean distclean
+.PHONY: demo test test-slow lint format wheel clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
 	$(BIN)/detfamily train experiment=demo
 
 test: lint
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

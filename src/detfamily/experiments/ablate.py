@@ -12,7 +12,7 @@ import yaml
 from detfamily.errors import ConfigError, nearest
 from detfamily.experiments import results
 from detfamily.experiments.findings import of_folder
-from detfamily.experiments.launchers import Options, default_jobs, is_option, make_launcher, read_options
+from detfamily.experiments.launchers.choice import Options, default_jobs, is_option, make_launcher, read_options
 from detfamily.experiments.launchers.local import LocalOptions
 from detfamily.experiments.notes import tail
 from detfamily.experiments.report import write_report
@@ -299,18 +299,29 @@ def _other(record: Record, plan: Plan) -> str:
 
 
 def forecast(runs: Sequence[Run], to_do: Sequence[Run], jobs: int, records: Sequence[Record]) -> str:
-    """How many runs there are, and how long they may take, judged by those of the same row, else of the table."""
+    """How many runs there are, and what they may take, judged by those of the same row, else of the table."""
     begun = sum(run.status() is not None for run in to_do)
     words = f"\n{len(runs)} runs: {len(runs) - len(to_do)} done, {begun} to go on with, {len(to_do) - begun} to start"
     known = [one for one in records if one["status"] == FINISHED and one["seconds"] is not None]
     if not known:
         return words
-    seconds = 0.0
+    left = dict.fromkeys(("seconds", *HOURS), 0.0)
     for run in to_do:
-        same = [one["seconds"] for one in known if one["row"] == run.variant.row.label]
-        trained = [one["seconds"] for one in known if one["curve"]] or [one["seconds"] for one in known]
-        seconds += summarize(same or trained).mean * (1 - run.progress())
-    return f"{words}; about {duration(seconds / min(jobs, len(to_do)))} with {jobs} at once"
+        same = [one for one in known if one["row"] == run.variant.row.label]
+        alike = same or [one for one in known if one["curve"]] or known
+        for key in left:
+            left[key] += summarize([one.get(key) or 0.0 for one in alike]).mean * (1 - run.progress())
+    price = "".join(f", {one}" for one in hours(left))
+    return f"{words}; about {duration(left['seconds'] / min(jobs, len(to_do)))} with {jobs} at once{price}"
+
+
+HOURS = {"gpu_hours": "GPU-hours", "core_hours": "core-hours"}
+"""What runs cost, by the field of their records."""
+
+
+def hours(spent: Mapping[str, float]) -> list[str]:
+    """A cost in words: ``["3.2 GPU-hours"]``; nothing of what costs nothing."""
+    return [f"{spent[key]:.2g} {words}" for key, words in HOURS.items() if spent[key] > 0]
 
 
 def duration(seconds: float) -> str:
@@ -333,4 +344,6 @@ def summary(table: Table, plan: Plan, records: Sequence[Record]) -> str:
         whole = summarize(list(found.values()))
         spread = f" ± {whole.spread:.1f}" if whole.n > 1 else ""
         lines.append(f"  {label:<{width}}  {table.task.label} {whole.mean:.1f}{spread} (n = {whole.n})")
+    spent = hours({key: sum(one.get(key) or 0.0 for one in mine) for key in HOURS})
+    lines += [f"cost        {', '.join(spent)}"] if spent else []
     return "\n".join(lines)
