@@ -120,7 +120,7 @@ def run_of(tmp_path):
         row = Row(label, (), weights_of=source.variant.row.label if source else None)
         overrides = ("decoder=refine",) if label == "refined" else ()
         config = {"schedule": {"epochs": 3}, "runtime": {"device": "cpu"}}
-        variant = Variant(row, overrides, config, f"c-{label}")
+        variant = Variant(row, overrides, config, f"c{len(label)}")
         return Run("paper/table", "mini", variant, seed, Code("one", "commit-one"), tmp_path / "runs", source)
 
     return make

@@ -168,6 +168,7 @@ class Runner:
         self.running: list[UnderWay] = []
         self.problems: dict[str, str] = {}
         self.again: Counter[str] = Counter()
+        self.leaving = False
 
     def go(self) -> dict[str, str]:
         """Run all.
@@ -273,6 +274,7 @@ class Runner:
             threads=threads,
             code=run.code.identity if real else None,
             environment={"PYTHONPATH": os.pathsep.join(filter(None, places))},
+            place=Path.cwd(),
         )
 
     def _look(self) -> None:
@@ -289,7 +291,7 @@ class Runner:
 
     def _end(self, one: UnderWay) -> None:
         run, outcome = one.run, one.job.close()
-        if outcome.again and self.again[run.name] < self.launcher.retries:
+        if outcome.again and not self.leaving and self.again[run.name] < self.launcher.retries:
             self.again[run.name] += 1
             self.waiting.insert(0, run)
             self.say(f"  {run.name}: {outcome.error}; once more")
@@ -303,6 +305,7 @@ class Runner:
 
     def _leave(self, exit_code: int) -> None:
         """After a signal: leave the runs to their cluster, or ask each process, by its own id, to save and leave."""
+        self.leaving = True
         jobs = [one.job for one in self.running]
         if self.launcher.detached:
             self.say(f"{len(jobs)} runs go on without this call; {self.launcher.leave(jobs)}")

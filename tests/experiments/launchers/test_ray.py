@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +72,12 @@ def test_runs_are_actors_that_go_away(ray, run_of, through):
     assert state["devices"] == "1 thread of CPU" and state["core_hours"] > 0 and not read_job(plain.folder)
     with pytest.raises(ValueError, match="Failed to look up actor"):
         ray.get_actor(actor_name(plain.folder.resolve()), namespace="detfamily")
+
+
+def test_relative_paths_start_where_the_caller_is(run_of, through, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = replace(run_of(), root=Path("runs"))
+    assert through(run).go() == {} and (tmp_path / run.folder / "metrics.json").is_file()
 
 
 def test_a_failing_run_is_named(run_of, through):

@@ -25,6 +25,7 @@ class Order:
         gpus: that it pays for: a part of one where several runs share it.
         code: identity that the package must have where it runs; None: any.
         environment: variables on top of those that there are where it runs.
+        place: folder that the command's relative paths start from; None: the one of whoever runs it.
     """
 
     folder: Path
@@ -34,6 +35,7 @@ class Order:
     gpus: float = 1.0
     code: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    place: Path | None = None
 
 
 @dataclass(frozen=True)

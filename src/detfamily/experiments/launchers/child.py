@@ -53,6 +53,7 @@ class Child(Job):
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=environment,
+                    cwd=order.place,
                     start_new_session=True,  # so that Ctrl-C reaches the caller alone, who tells the runs in its order
                     pass_fds=(hold.handle,) if os.name == "posix" else (),
                     preexec_fn=_bind(os.getpid()) if bound and sys.platform == "linux" else None,
