@@ -114,7 +114,7 @@ class RayLauncher(Launcher):
         return RayJob(self.ray, folder, actor)
 
     def leave(self, jobs: list[Job]) -> str:
-        return "ray list actors shows them"
+        return "ray.kill(ray.get_actor(NAME)) ends one, which saves first; NAME is in its job.json"
 
     def close(self) -> None:
         if self.owned:

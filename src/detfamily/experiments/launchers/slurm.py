@@ -189,13 +189,14 @@ class SlurmJob(Job):
 
 
 def _is_alive(pid: int) -> bool:
+    """Whether a process of submitit's has that number: it may be another one's by now, or that of a zombie."""
     try:
         os.kill(pid, 0)
+        return not Path("/proc/self").exists() or b"submitit" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
-    return True
+    except OSError:
+        return not Path("/proc/self").exists()
 
 
 def _submitit() -> Any:
