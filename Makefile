@@ -1,7 +1,7 @@
 # make demo     a detector learns, from nothing, on images that it makes itself
 # make test     style, types, tests
-# make test-slow  what takes several processes for long: clusters, nodes, parameters that are shared out
-# Both create .venv and install into it when needed. Another Python: make PYTHON=python3.12 demo
+# make test-slow  what takes several processes or machines at once
+# They create .venv and install into it when needed. Another Python: make PYTHON=python3.12 demo
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -171,7 +171,7 @@ def test_files_and_links_exist(page):
 
 
 def test_make_has_what_is_named():
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     words = [words for page in PAGES for words in (*lines(page), *map(str.split, spans(page))) if words[0] == "make"]
     assert words and {word for line in words for word in line[1:] if "=" not in word} <= targets
 

@@ -170,6 +170,7 @@ COMMANDS = {
                 "experiments/deformable_detr/variants.yaml scale=mini seeds=3",
                 "experiments/detr/encoder_depth.yaml scale=coco data.root=/data/coco 'rows=0 layers,6 layers'",
                 "experiments/deformable_detr/attention.yaml scale=mini seeds=2 jobs=2 schedule.epochs=5",
+                "experiments/deformable_detr/variants.yaml scale=coco data.root=/data/coco launcher=slurm",
             ),
             composed=False,
         ),

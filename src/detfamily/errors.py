@@ -37,6 +37,10 @@ class OutputError(DetfamilyError, OSError):
         return f"cannot write {self.filename}: {self.strerror}"
 
 
+class LaunchError(DetfamilyError):
+    """A run that cannot be started, or must not be."""
+
+
 class ElsewhereError(DetfamilyError):
     """What ended this process happened in another one, which says it: this one stays silent on the command line."""
 

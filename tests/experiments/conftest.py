@@ -9,7 +9,10 @@ import pytest
 import yaml
 
 from detfamily.experiments.ablate import Request
-from detfamily.experiments.table import Table, read_table
+from detfamily.experiments.runner import Run
+from detfamily.experiments.scale import Variant
+from detfamily.experiments.table import Row, Table, read_table
+from detfamily.experiments.version import Code
 
 TABLE = {
     "title": "A comparison",
@@ -54,7 +57,7 @@ for epoch in range(done + 1, 4):
         log.write(json.dumps(row) + "\n")
     if mode == "die" and refined and seed == 1 and epoch == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    if mode == "hang":
+    if mode == "hang" or mode == "hang once" and not os.path.exists(f"{folder}/ready"):
         open(f"{folder}/ready", "w").close()
         while True:
             time.sleep(0.05)
@@ -105,5 +108,19 @@ def request_of(table, tmp_path):
             "further": (),
         }
         return Request(**{**fields, **changes})
+
+    return make
+
+
+@pytest.fixture
+def run_of(tmp_path):
+    """A run that the stand-in can do, without a config."""
+
+    def make(label: str = "plain", seed: int = 0, source: Run | None = None) -> Run:
+        row = Row(label, (), weights_of=source.variant.row.label if source else None)
+        overrides = ("decoder=refine",) if label == "refined" else ()
+        config = {"schedule": {"epochs": 3}, "runtime": {"device": "cpu"}}
+        variant = Variant(row, overrides, config, f"c{len(label)}")
+        return Run("paper/table", "mini", variant, seed, Code("one", "commit-one"), tmp_path / "runs", source)
 
     return make

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from detfamily.errors import ConfigError
 from detfamily.experiments import runner
 from detfamily.experiments.ablate import go, read_request
+from detfamily.experiments.launchers.slurm import SlurmOptions
 from detfamily.experiments.results import RESULTS, read_results
 from detfamily.experiments.table import read_table
 from detfamily.experiments.version import PACKAGE, Code
@@ -60,6 +62,10 @@ def test_words_are_understood(write_table, monkeypatch, tmp_path):
     asked = read_request([str(file), "scale=mini", "seeds=[4,7]", 'rows=["refined, well"]', "output_dir=x"])
     assert (asked.seeds, asked.rows, asked.folder) == ((4, 7), ("refined, well",), Path("x"))
     assert read_request([str(file), "scale=mini", "rows=refined, well"]).rows == ("refined, well",)
+    words = ["launcher=slurm", "slurm.time=30", "slurm.setup=[module load cuda]", "optimizer.lr=1e-4"]
+    asked = read_request([str(file), "scale=mini", *words])
+    assert asked.options == SlurmOptions(time=30, setup=["module load cuda"]) and asked.jobs is None
+    assert asked.further == ("optimizer.lr=1e-4",)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +81,8 @@ def test_words_are_understood(write_table, monkeypatch, tmp_path):
         (["scale=mini", "jobs=0"], "jobs=0: expected how many runs at once"),
         (["scale=mini", "seed=4"], "seeds=3 or"),
         (["scale=mini", "other.yaml"], "2 are given"),
+        (["scale=mini", "launcher=rey"], "launcher=rey: did you mean 'ray'"),
+        (["scale=mini", "slurm.time=30"], "slurm.time=30 is a word of launcher=slurm"),
     ],
 )
 def test_mistakes_end_in_a_message(write_table, words, message):
@@ -98,6 +106,7 @@ def test_rows_times_seeds_are_run_once_and_kept_in_one_file(request_of, launch, 
     assert plain["images_seen"] == 300 and plain["images_per_second"] == 52 and plain["commit"] == "commit-one"
     assert [images for images, _ in plain["curve"]] == [100, 200, 300]
     assert plain["seconds"] > 0 and plain["memory_gib"] > 0 and plain["memory_of"] == "process"
+    assert "of CPU" in plain["devices"] and plain["core_hours"] > 0 and plain["gpu_hours"] is None
     assert found[0]["AP"] == 0.05 and found[0]["images_seen"] == 300 and found[0]["curve"] == []
     before = (asked.folder / RESULTS).read_text()
     capsys.readouterr()
@@ -214,6 +223,9 @@ def test_the_time_is_estimated_from_what_has_run(request_of, launch, code, capsy
     assert go(request_of(rows=("plain",)), launch, code) == 0
     said = capsys.readouterr().out
     assert "2 runs: 1 done, 0 to go on with, 1 to start; about" in said
+    assert re.search(r"with 1 at once, [\d.e-]+ core-hours\n", said) and re.search(
+        r"\ncost +[\d.e-]+ core-hours\n", said
+    )
 
 
 def wait_for(condition, seconds=60.0):

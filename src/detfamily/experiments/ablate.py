@@ -12,16 +12,23 @@ import yaml
 from detfamily.errors import ConfigError, nearest
 from detfamily.experiments import results
 from detfamily.experiments.findings import of_folder
+from detfamily.experiments.launchers.choice import Options, default_jobs, is_option, make_launcher, read_options
+from detfamily.experiments.launchers.local import LocalOptions
+from detfamily.experiments.notes import tail
 from detfamily.experiments.report import write_report
 from detfamily.experiments.results import FINISHED, LOG, REPORT, RESULTS, Plan, Record
-from detfamily.experiments.runner import LAUNCH, Run, Runner, tail
+from detfamily.experiments.runner import LAUNCH, Run, Runner
 from detfamily.experiments.scale import NOT_IDENTITY, Variant, scales, variants
+from detfamily.experiments.screen import Screen
 from detfamily.experiments.statistics import summarize
 from detfamily.experiments.table import Table, read_table
 from detfamily.experiments.version import Code, code_version
 
-USAGE = "detfamily ablate TABLE.yaml scale=mini seeds=3 [rows=LABEL,...] [jobs=1] [output_dir=FOLDER] [overrides]"
-_WORDS = ("scale", "seeds", "rows", "jobs", "output_dir")
+USAGE = (
+    "detfamily ablate TABLE.yaml scale=mini seeds=3 [rows=LABEL,...] [jobs=1] [launcher=local|slurm|ray] "
+    "[output_dir=FOLDER] [overrides]"
+)
+_WORDS = ("scale", "seeds", "rows", "jobs", "launcher", "output_dir")
 _RUNS_OWN = ("seed", "resume", "experiment")
 
 
@@ -34,18 +41,20 @@ class Request:
         scale: a choice of configs/scale.
         seeds: of each row.
         rows: labels to run.
-        jobs: runs at once.
+        jobs: runs at once; None: all, since the cluster has a queue.
         folder: of all runs of the table on that scale.
         further: overrides for every run.
+        options: of the launcher.
     """
 
     table: Table
     scale: str
     seeds: tuple[int, ...]
     rows: tuple[str, ...]
-    jobs: int
+    jobs: int | None
     folder: Path
     further: tuple[str, ...] = field(default=())
+    options: Options = field(default=LocalOptions())
 
 
 def ablate(words: Sequence[str]) -> None:
@@ -95,8 +104,9 @@ def go(request: Request, launch: Sequence[str] = LAUNCH, version: Callable[[], C
     gather(folder)
     problems: Mapping[str, str] = {}
     if to_do:
-        say(forecast(runs, to_do, request.jobs, results.collect(folder)))
-        problems = Runner(to_do, request.jobs, say, lambda: gather(folder), launch, version).go()
+        jobs = min(request.jobs or len(to_do), len(to_do))
+        say(forecast(runs, to_do, jobs, results.collect(folder)))
+        problems = run_all(request, runs, to_do, jobs, launch, version)
     records = results.collect(folder)
     say(summary(request.table, plan, records))
     say(f"results     {folder / RESULTS}")
@@ -107,6 +117,39 @@ def go(request: Request, launch: Sequence[str] = LAUNCH, version: Callable[[], C
             log = tail(run.folder / LOG)
             say(f"\nFAILED: {run.name}: {problems[run.name]}\n{run.folder / LOG} ends with\n{log}")
     return 1 if problems else 0
+
+
+def run_all(
+    request: Request,
+    runs: Sequence[Run],
+    to_do: Sequence[Run],
+    jobs: int,
+    launch: Sequence[str],
+    version: Callable[[], Code],
+) -> dict[str, str]:
+    """Run what is to be done where the launcher puts it.
+
+    Args:
+        request: what was typed.
+        runs: all of the plan, which the screen shows.
+        to_do: those that have not finished.
+        jobs: runs at once.
+        launch: how detfamily is called.
+        version: says the present code.
+
+    Returns:
+        name of each run that failed or could not be started -> what went wrong.
+
+    Raises:
+        ConfigError: the launcher is not installed, or its cluster is not there.
+        SystemExit: after a signal.
+    """
+    launcher = make_launcher(request.options, jobs, to_do[0].variant.config["runtime"]["device"])
+    try:
+        with Screen(runs, request.table.task.label, say) as screen:
+            return Runner(to_do, jobs, say, lambda: gather(request.folder), launch, version, launcher, screen).go()
+    finally:
+        launcher.close()
 
 
 def gather(folder: Path) -> None:
@@ -133,7 +176,8 @@ def read_request(words: Sequence[str]) -> Request:
         given = f"{len(files)} are given: {', '.join(files)}" if files else "none is given"
         raise ConfigError(f"expected one table, and {given}\nusage: {USAGE}")
     own = {key: value for key, _, value in (word.partition("=") for word in words) if key in _WORDS}
-    further = tuple(word for word in words if word.partition("=")[0] not in _WORDS and word not in files)
+    special = {key: value for key, _, value in (word.partition("=") for word in words if is_option(word))}
+    further = tuple(word for word in words if word.partition("=")[0] not in (*_WORDS, *special) and word not in files)
     for word in further:
         if word.partition("=")[0].lstrip("+~") in _RUNS_OWN:
             raise ConfigError(f"{word!r} is what each run has of its own; seeds=3 or seeds=[0,1,2] sets the seeds")
@@ -144,7 +188,10 @@ def read_request(words: Sequence[str]) -> Request:
         raise ConfigError(f"scale={scale or '?'}: {nearest(scale, known)}\nusage: {USAGE}")
     folder = Path(own["output_dir"]).expanduser() if own.get("output_dir") else results.home(table.name, scale)
     rows = read_rows_wanted(own["rows"], table) if own.get("rows") else tuple(table.labels)
-    return Request(table, scale, read_seeds(own.get("seeds", "1")), rows, read_jobs(own), folder, further)
+    launcher = own.get("launcher", "local")
+    options = read_options(launcher, special)
+    jobs = read_jobs(own) if "jobs" in own else default_jobs(launcher)
+    return Request(table, scale, read_seeds(own.get("seeds", "1")), rows, jobs, folder, further, options)
 
 
 def read_seeds(text: str) -> tuple[int, ...]:
@@ -159,7 +206,7 @@ def read_seeds(text: str) -> tuple[int, ...]:
 
 def read_jobs(own: Mapping[str, str]) -> int:
     """Runs at once."""
-    text = own.get("jobs", "1")
+    text = own["jobs"]
     if not text.isdigit() or int(text) < 1:
         raise ConfigError(f"jobs={text}: expected how many runs at once, 1 or more")
     return int(text)
@@ -252,18 +299,29 @@ def _other(record: Record, plan: Plan) -> str:
 
 
 def forecast(runs: Sequence[Run], to_do: Sequence[Run], jobs: int, records: Sequence[Record]) -> str:
-    """How many runs there are, and how long they may take, judged by those of the same row, else of the table."""
+    """How many runs there are, and what they may take, judged by those of the same row, else of the table."""
     begun = sum(run.status() is not None for run in to_do)
     words = f"\n{len(runs)} runs: {len(runs) - len(to_do)} done, {begun} to go on with, {len(to_do) - begun} to start"
     known = [one for one in records if one["status"] == FINISHED and one["seconds"] is not None]
     if not known:
         return words
-    seconds = 0.0
+    left = dict.fromkeys(("seconds", *HOURS), 0.0)
     for run in to_do:
-        same = [one["seconds"] for one in known if one["row"] == run.variant.row.label]
-        trained = [one["seconds"] for one in known if one["curve"]] or [one["seconds"] for one in known]
-        seconds += summarize(same or trained).mean * (1 - run.progress())
-    return f"{words}; about {duration(seconds / min(jobs, len(to_do)))} with {jobs} at once"
+        same = [one for one in known if one["row"] == run.variant.row.label]
+        alike = same or [one for one in known if one["curve"]] or known
+        for key in left:
+            left[key] += summarize([one.get(key) or 0.0 for one in alike]).mean * (1 - run.progress())
+    price = "".join(f", {one}" for one in hours(left))
+    return f"{words}; about {duration(left['seconds'] / min(jobs, len(to_do)))} with {jobs} at once{price}"
+
+
+HOURS = {"gpu_hours": "GPU-hours", "core_hours": "core-hours"}
+"""What runs cost, by the field of their records."""
+
+
+def hours(spent: Mapping[str, float]) -> list[str]:
+    """A cost in words: ``["3.2 GPU-hours"]``; nothing of what costs nothing."""
+    return [f"{spent[key]:.2g} {words}" for key, words in HOURS.items() if spent[key] > 0]
 
 
 def duration(seconds: float) -> str:
@@ -286,4 +344,6 @@ def summary(table: Table, plan: Plan, records: Sequence[Record]) -> str:
         whole = summarize(list(found.values()))
         spread = f" ± {whole.spread:.1f}" if whole.n > 1 else ""
         lines.append(f"  {label:<{width}}  {table.task.label} {whole.mean:.1f}{spread} (n = {whole.n})")
+    spent = hours({key: sum(one.get(key) or 0.0 for one in mine) for key in HOURS})
+    lines += [f"cost        {', '.join(spent)}"] if spent else []
     return "\n".join(lines)

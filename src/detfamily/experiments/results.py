@@ -23,8 +23,12 @@ from detfamily.tracking.files import EPOCHS, read_rows
 RUN, LOG, RESULTS, PLAN, REPORT = "run.json", "log.txt", "results.jsonl", "plan.json", "report.md"
 HOME = Path("runs") / "ablate"
 
-FINISHED, FAILED, RUNNING, CUT_OFF = "finished", "failed", "running", "cut off"
-"""How a run stands. ``running`` is also what a run is left at whose caller was killed."""
+FINISHED, FAILED, RUNNING, CUT_OFF, QUEUED = "finished", "failed", "running", "cut off", "queued"
+"""How a run stands. ``running`` is also what a run is left at whose caller was killed; a ``queued`` one waits on a
+cluster."""
+
+COST = ("devices", "gpu_hours", "core_hours")
+"""What runs of before there were launchers do not say."""
 
 Record = dict[str, Any]
 """A line of the results file."""
@@ -98,6 +102,7 @@ def record_of(folder: Path) -> Record | None:
         "memory_gib": _last(epochs, "peak_memory_gib") or run["memory_gib"],
         "memory_of": "cuda" if _last(epochs, "peak_memory_gib") else "process",
         "seconds": run["seconds"],
+        **{key: run.get(key) for key in COST},
         "curve": [[row["images_seen"], row[task.metric]] for row in epochs if _measured(row.get(task.metric))],
         "error": run["error"],
     }

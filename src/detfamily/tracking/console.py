@@ -92,11 +92,12 @@ def epoch_line(metrics: Metrics, epoch: int, epochs: int) -> str:
     words += [f"lr {metrics['lr']:.2g}"] if "lr" in metrics else []
     words += [f"{metrics['images_per_second']:.1f} images/s"] if "images_per_second" in metrics else []
     words += [f"{metrics['peak_memory_gib']:.1f} GiB"] if "peak_memory_gib" in metrics else []
-    words += [f"{_duration(metrics['seconds_left'])} left"] if metrics.get("seconds_left", 0) >= 1 else []
+    words += [f"{duration(metrics['seconds_left'])} left"] if metrics.get("seconds_left", 0) >= 1 else []
     return "  ".join(words)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: ``1:02:03``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
