@@ -109,9 +109,9 @@ def test_what_an_agent_makes_of_the_file_is_a_training(asked, launch, tmp_path, 
     words = []
     for one in utils.create_sweep_command(content["command"]):
         words += parts[one[2:-1]] if one.startswith("${") and one.endswith("}") else [one]
-    assert words[:5] == ["/usr/bin/env", sys.executable, "-m", "detfamily", "train"]
+    assert words[: 2 + len(launch)] == ["/usr/bin/env", *launch, "train"]
     monkeypatch.setenv("WANDB_RUN_ID", "abc123")
-    cfg = compose("train", words[5:])
+    cfg = compose("train", words[2 + len(launch) :])
     validate(cfg)
     assert (cfg.optimizer.lr, cfg.schedule.epochs, cfg.tracking.wandb.group) == (0.0123, 4, "two_settings")
     assert cfg.output_dir == str(tmp_path / "out/trials/abc123") and cfg.resume == "auto"

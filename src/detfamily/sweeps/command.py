@@ -94,7 +94,7 @@ class Call:
                     "method=wandb needs a tracker of W&B: tracking=wandb (the default here) or tracking=all"
                 )
             self.project, self.entity = wandb_sweep.place_of(config)
-            self.definition = wandb_sweep.definition(recipe, self.folder, self.project, self.entity)
+            self.definition = wandb_sweep.definition(recipe, self.folder, self.project, self.entity, launch)
             drawn = self.sweep.wandb_method == "random"
             self.points = (at_random(self.sweep, request.count) if drawn else grid(self.sweep))[: request.count]
             self.online = wandb_sweep.is_online(config, say)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from detfamily.experiments.results import FINISHED
 from detfamily.files import write_atomically
@@ -17,6 +19,8 @@ from detfamily.sweeps.trial import PRUNED, Trial
 DPI = 90
 ACROSS = 4
 """Panels beside each other."""
+WIDE = 36
+"""Characters of all names below a panel that stand beside each other."""
 
 
 def plot_trials(sweep: Sweep, trials: Sequence[Trial], path: Path) -> bool:
@@ -65,10 +69,20 @@ def _draw(axes: Axes, sweep: Sweep, key: str, trials: Sequence[Trial]) -> None:
         )
         axes.annotate(str(trial.number), (place, height), (4, 4), textcoords="offset points", fontsize=7, color="0.35")
     if names:
-        axes.set_xticks(range(len(names)), names, rotation=30 if max(map(len, names)) > 10 else 0)
+        axes.set_xticks(range(len(names)), names, rotation=20 if sum(map(len, names)) > WIDE else 0)
         axes.set_xlim(-0.5, len(names) - 0.5)
     elif one.is_logarithmic:
         axes.set_xscale("log")
+        _label_logarithmic(axes)
     axes.set_xlabel(key)
     axes.margins(y=0.12)
     axes.grid(alpha=0.3)
+
+
+def _label_logarithmic(axes: Axes) -> None:
+    """Numbers as people write them, and no more of them than fit."""
+    low, high = axes.get_xlim()
+    decades = math.log10(high / low)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.3 else (1.0,)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

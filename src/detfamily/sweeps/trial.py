@@ -90,7 +90,9 @@ def trial_of(number: int, point: Point, state: str, folder: Path, metric: str) -
     run = read_json(folder / RUN) if (folder / RUN).is_file() else {}
     last = values[max(values)] if values else None
     epochs = int(rows[-1]["epoch"]) if rows else 0
-    return Trial(number, dict(point), state, last, epochs, float(run.get("seconds") or 0), run.get("error"))
+    # an agent of W&B leaves no run.json; the epochs say how long they trained
+    seconds = run.get("seconds") or sum(row.get("seconds") or 0.0 for row in rows)
+    return Trial(number, dict(point), state, last, epochs, float(seconds), run.get("error"))
 
 
 def _is_measured(value: Any) -> bool:

@@ -19,7 +19,7 @@ from detfamily.config.overrides import quoted
 from detfamily.engine.interrupt import Interruption
 from detfamily.errors import ConfigError
 from detfamily.experiments.results import FINISHED
-from detfamily.experiments.runner import PATIENCE, POLL
+from detfamily.experiments.runner import LAUNCH, PATIENCE, POLL
 from detfamily.files import write_text_atomically
 from detfamily.sweeps.distribution import Choice, Point
 from detfamily.sweeps.request import Recipe
@@ -74,11 +74,20 @@ def import_wandb() -> Any:
     return wandb
 
 
-def definition(recipe: Recipe, folder: Path, project: str, entity: str | None) -> dict[str, Any]:
+def definition(
+    recipe: Recipe, folder: Path, project: str, entity: str | None, launch: Sequence[str] = LAUNCH
+) -> dict[str, Any]:
     """The sweep in W&B's own form: https://docs.wandb.ai/models/sweeps/define-sweep-configuration.
 
     Its command is that of one trial; the agent puts the parameters behind it. Each trial has a folder below
     ``trials``, called after its run.
+
+    Args:
+        recipe: what the trials share.
+        folder: of the sweep.
+        project: where it lies at W&B.
+        entity: whose it is there; None: of the key's owner.
+        launch: how detfamily is called.
 
     Raises:
         ConfigError: a parameter that W&B would hand on as something else.
@@ -101,9 +110,7 @@ def definition(recipe: Recipe, folder: Path, project: str, entity: str | None) -
         "parameters": {key: one.for_wandb() for key, one in sweep.parameters.items()},
         "command": [
             "${env}",
-            sys.executable,
-            "-m",
-            "detfamily",
+            *launch,
             sweep.task.command,
             *recipe.words,
             *labels,
