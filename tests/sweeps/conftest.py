@@ -31,7 +31,8 @@ STAND_IN = r"""
 import json, os, sys, time
 command, *words = sys.argv[1:]
 given = dict(word.split("=", 1) for word in words)
-folder, lr = given["output_dir"], float(given["optimizer.lr"])
+folder, lr = given["output_dir"].strip("'"), float(given["optimizer.lr"])
+folder = folder.replace("${oc.env:WANDB_RUN_ID}", os.environ.get("WANDB_RUN_ID", ""))
 os.makedirs(folder, exist_ok=True)
 print("called:", *sys.argv[1:], flush=True)
 mode = os.environ.get("STAND_IN", "")

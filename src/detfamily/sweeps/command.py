@@ -126,10 +126,9 @@ class Call:
         path, count = wandb_sweep.create(self.definition, self.folder), len(self.points)
         done = sum(one.state == FINISHED for one in wandb_sweep.agents_trials(self.sweep, self.folder))
         say(f"{self.sweep.title}\n  W&B sweep {path}: {done} trials of {count} are done, in {self.folder}")
-        failed = 0
         try:
             if done < count:
-                failed = wandb_sweep.run_agents(path, count - done, self.request.jobs, self.folder)
+                wandb_sweep.run_agents(path, count - done, self.request.jobs, self.folder)
         finally:
             trials = wandb_sweep.agents_trials(self.sweep, self.folder)
             self.method = f"{WANDB} ({self.sweep.wandb_method})"
@@ -138,7 +137,7 @@ class Call:
         lacking = count - sum(one.state == FINISHED for one in trials)
         if lacking > 0:
             say(f"{lacking} trials have not finished; W&B's page of the sweep has what they said")
-        return int(failed > 0 or lacking > 0)
+        return int(lacking > 0)
 
     def drawn(self) -> Drawn:
         """Proposals whose folders say what is done."""

@@ -163,8 +163,8 @@ def create(content: Mapping[str, Any], folder: Path) -> str:
     return path
 
 
-def run_agents(path: str, count: int, jobs: int, folder: Path, agent: Sequence[str] = AGENT) -> int:
-    """Run agents until they have gone through so many trials.
+def run_agents(path: str, count: int, jobs: int, folder: Path, agent: Sequence[str] = AGENT) -> None:
+    """Run agents until they have gone through so many trials, or given up: the trials' folders say what was done.
 
     Args:
         path: of the sweep.
@@ -172,9 +172,6 @@ def run_agents(path: str, count: int, jobs: int, folder: Path, agent: Sequence[s
         jobs: agents at once.
         folder: of the sweep, where W&B keeps what each trial was given.
         agent: how an agent is called.
-
-    Returns:
-        The number of agents that failed.
 
     Raises:
         SystemExit: after Ctrl-C or SIGTERM, when the trainings under way have been saved.
@@ -202,7 +199,6 @@ def run_agents(path: str, count: int, jobs: int, folder: Path, agent: Sequence[s
             for one in processes:
                 if one.poll() is None:
                     one.kill()
-    return sum(one.returncode != 0 for one in processes)
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
