@@ -113,7 +113,7 @@ def call(server, write_sweep, launch, tmp_path):
     return call
 
 
-def test_the_sweep_is_created_once_and_agents_run_what_is_lacking(server, call, tmp_path):
+def test_the_sweep_is_created_and_its_agent_runs_the_trials(server, call, tmp_path):
     out = tmp_path / "out"
     done = call("trials=2", "tracking.wandb.entity=me", "tracking.wandb.project=shapes")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -122,11 +122,7 @@ def test_the_sweep_is_created_once_and_agents_run_what_is_lacking(server, call, 
     assert "best        trial 1, AP 8.0" in done.stdout
     assert sorted(path.parent.name for path in out.glob("trials/*/metrics.json")) == ["run0.01", "run0.02"]
     assert "log_uniform_values" in server.config and "${args_no_hyphens}" in server.config
-
-    done = call("trials=3", "tracking.wandb.entity=me", "tracking.wandb.project=shapes")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 trials of 3 are done" in done.stdout and server.created == 1
-    assert len(list(out.glob("trials/*/metrics.json"))) == 3
+    assert server.created == 1
 
 
 def test_a_server_that_refuses_is_named_with_the_way_around_it(server, call, tmp_path):
