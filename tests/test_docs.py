@@ -24,6 +24,9 @@ from detfamily.matrix.request import check_names
 from detfamily.matrix.request import read_request as read_matrix
 from detfamily.predict import command as predict
 from detfamily.predict.command import own_fields
+from detfamily.sweeps.drawn import grid
+from detfamily.sweeps.request import Recipe
+from detfamily.sweeps.request import read_request as read_sweep
 from detfamily.visualize import command as visualize
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +85,11 @@ def test_a_command_makes_a_detector(given):
         overrides = ["data.root=.", *(word for word in overrides if word != "...")]
     if name in ("ablate", "report"):
         check_table(name, overrides)
+        return
+    if name == "sweep":
+        asked = read_sweep([str(ROOT / word) if word.startswith("experiments/") else word for word in overrides])
+        Recipe(asked.sweep, asked.further)
+        assert asked.method != "grid" or grid(asked.sweep)
         return
     if name == "matrix":
         check_names(read_matrix(overrides))

@@ -187,6 +187,18 @@ COMMANDS = {
             composed=False,
         ),
         Command(
+            "sweep",
+            "try values of settings: proposed by Optuna, drawn by W&B, or a grid; resumable, a table of all trials",
+            "train",
+            "detfamily.sweeps.command:sweep",
+            (
+                "experiments/sweeps/learning_rate.yaml trials=6",
+                "experiments/sweeps/learning_rate.yaml method=wandb trials=6 jobs=2",
+                "experiments/sweeps/optimizer_grid.yaml method=grid schedule.epochs=5",
+            ),
+            composed=False,
+        ),
+        Command(
             "report",
             "write the results of an ablation table beside the published ones; without one, a page over all tables",
             None,
@@ -271,6 +283,8 @@ def _dispatch(words: list[str]) -> None:
     options = ["--help" if word == "-h" else word for word in words if word.startswith("-")]
     rest = [word for word in words if not word.startswith("-")]
     for option in options:
+        if option in ("-m", "--multirun"):
+            raise DetfamilyError(f"there is no {option}: all combinations of some values are a sweep, method=grid")
         if option not in OPTIONS:
             raise DetfamilyError(f"unknown option {option!r}: {nearest(option, OPTIONS)}; settings are key=value")
     if "--version" in options:

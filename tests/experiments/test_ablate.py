@@ -131,6 +131,16 @@ def test_the_runs_get_their_overrides(request_of, launch, code):
     assert words[-1] == "resume=auto" and words[-2] == f"output_dir={log.parent}"
 
 
+def test_runs_at_wandb_are_the_same_runs_grouped_by_table(request_of, launch, code):
+    asked = request_of(seeds=(1,), rows=("refined, well", "no NMS"))
+    assert go(asked, launch, code) == 0 and calls(asked.folder) == 3
+    tracked = request_of(seeds=(1, 2), rows=("refined, well", "no NMS"), further=("tracking=wandb",))
+    assert go(tracked, launch, code) == 0 and calls(asked.folder) == 6
+    (log,) = asked.folder.glob("refined-well/seed2-*/log.txt")
+    group, tags = "tracking.wandb.group='paper/table'", "tracking.wandb.tags=['refined, well','seed 2','mini']"
+    assert f" tracking=wandb {group} {tags} seed=2 " in log.read_text()
+
+
 def test_a_row_that_is_evaluated_gets_the_weights_of_its_own_seed(request_of, launch, code):
     asked = request_of(rows=("no NMS",))
     assert go(asked, launch, code) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
 import os
@@ -77,6 +79,9 @@ for step in range(first + 1, last + 1):
         os.kill(wandb._service.pid, signal.SIGKILL)  # it may find the time to write what it has
         os.kill(os.getpid(), signal.SIGKILL)
 Image.linear_gradient("L").save(folder / "curves.png")
+(folder / "config.yaml").write_text("seed: 7")
+for name in {"best": ["best.pt", "last.pt"], "last": ["last.pt"]}.get(fault, []):
+    (folder / name).write_bytes(name.encode() * 1000)
 trackers.log_image("curves", folder / "curves.png", last)
 trackers.finish(fault != "failed")
 print("the end")
@@ -181,6 +186,27 @@ def test_an_offline_run_holds_what_was_logged(tmp_path):
     assert ended.get("exit_code", 0) == 0
     texts = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert KEY not in done.stdout + done.stderr and not any(KEY.encode() in text for text in texts)
+
+
+@pytest.mark.parametrize("kept", ["best", "last"])
+def test_an_offline_run_has_its_weights_as_an_artifact(tmp_path, kept):
+    folder = tmp_path / "run"
+    done = run(folder, fault=kept, artifact=True)
+    assert not warnings(done)
+    (found,) = [one["artifact"] for one in records(folder) if one["type"] == "artifact"]
+    assert found["type"] == "model" and found["name"] == f"model-{(folder / 'wandb_id.txt').read_text().strip()}"
+    files = {one["path"]: one for one in found["manifest"]["contents"]}
+    assert files.keys() == {f"{kept}.pt", "config.yaml"}
+    weights = files[f"{kept}.pt"]
+    assert int(weights["size"]) == 7000 and Path(weights["local_path"]) == folder / f"{kept}.pt"
+    digest = hashlib.md5((folder / f"{kept}.pt").read_bytes()).digest()
+    assert weights["digest"] == base64.b64encode(digest).decode()
+
+
+def test_without_weights_or_where_a_run_failed_there_is_no_artifact(tmp_path):
+    for name, settings in (("none", {"artifact": True}), ("failed", {"artifact": True}), ("best", {})):
+        run(tmp_path / name, fault=name, **settings)
+        assert not [one for one in records(tmp_path / name) if one["type"] == "artifact"]
 
 
 def test_a_killed_run_goes_on_under_its_id_and_nothing_is_lost_or_there_twice(tmp_path):

@@ -50,14 +50,14 @@ def read_override(text: str, registry: Registry) -> Override:
     if not key or (not equals and not text.startswith("~")):
         raise ConfigError(f"{text!r} is not an override, write key=value: {_meant_by(text, registry)}")
     if _PATH.match(value):
-        text = f"{key}={_quoted(os.path.expanduser(value))}"
+        text = f"{key}={quoted(os.path.expanduser(value))}"
     one = _parse(text)
     if one is None and value and os.path.exists(value):
-        one = _parse(f"{key}={_quoted(value)}")
+        one = _parse(f"{key}={quoted(value)}")
     if one is None:
         raise ConfigError(
             f"cannot read {text!r}: a list is written {key}=[a,b], and text with special characters in two kinds of "
-            f'quotes: "{key}={_quoted(value)}"'
+            f'quotes: "{key}={quoted(value)}"'
         )
     return one
 
@@ -77,7 +77,7 @@ def _meant_by(word: str, registry: Registry) -> str:
     return f"did you mean {' or '.join(holders)}?" if holders else nearest(word, registry)
 
 
-def _quoted(value: str) -> str:
+def quoted(value: str) -> str:
     """A value as quoted text of Hydra's grammar: backslashes count only in front of a quote."""
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
     return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"

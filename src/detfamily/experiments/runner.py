@@ -25,6 +25,7 @@ from detfamily.experiments.task import DETECTION, TASKS
 from detfamily.experiments.version import PACKAGE, Code, code_version
 from detfamily.tracking.console import epoch_line
 from detfamily.tracking.files import EPOCHS, read_rows
+from detfamily.tracking.labels import label_words
 
 LAUNCH = (sys.executable, "-m", "detfamily")
 POLL = 0.1  # seconds between two looks at the jobs
@@ -69,7 +70,8 @@ class Run:
         if self.source is not None:
             checkpoint = [f"checkpoint={self.source.folder / 'last.pt'}"]
             return ["evaluate", *checkpoint, *self.variant.overrides, *cores, f"output_dir={self.folder}"]
-        given = [*cores, *self.variant.overrides]
+        tags = (self.variant.row.label, f"seed {self.seed}", self.scale)
+        given = [*cores, *self.variant.overrides, *label_words(self.variant.config, self.table, tags)]
         return [self.variant.task.command, *given, f"seed={self.seed}", f"output_dir={self.folder}", "resume=auto"]
 
     def state(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import detfamily
 
 PACKAGE = Path(detfamily.__file__).resolve().parent
-_IDLE = ("experiments", "matrix", "__pycache__")
+_IDLE = ("experiments", "matrix", "sweeps", "__pycache__")
 """Folders of the package that a training never reads."""
 
 

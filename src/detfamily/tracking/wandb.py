@@ -21,6 +21,8 @@ from detfamily.tracking.wandb_log import is_complete, last_values
 Mode = Literal["online", "offline", "disabled"]
 
 ID_FILE = "wandb_id.txt"
+WEIGHTS = ("best.pt", "last.pt")
+"""What an artifact holds of them: the first that is there."""
 MARGIN = 10.0
 """Seconds for wandb's own program to start, and to end."""
 _STEP, _EPOCH = TRAIN + "step", "epoch"
@@ -50,6 +52,8 @@ class WandbTracker(Tracker):
         notes: a text about the run.
         init_timeout: the longest, in seconds, to wait for the server at the start.
         finish_timeout: the longest, in seconds, to wait for what is still to be sent at the end.
+        artifact: whether a run that came to its end also sends its best weights (``best.pt``; ``last.pt`` where nothing
+            was measured) and its ``config.yaml``, as an artifact of type "model".
 
     Raises:
         ValueError: a timeout that is not positive.
@@ -65,13 +69,14 @@ class WandbTracker(Tracker):
         notes: str | None = None,
         init_timeout: float = 60.0,
         finish_timeout: float = 60.0,
+        artifact: bool = False,
     ) -> None:
         for name, value in (("init_timeout", init_timeout), ("finish_timeout", finish_timeout)):
             if not value > 0:
                 raise ValueError(f"{name} is {value}; expected a number of seconds above 0")
         self.mode, self.project, self.entity = mode, project, entity
         self.group, self.tags, self.notes = group, list(tags), notes
-        self.init_timeout, self.finish_timeout = init_timeout, finish_timeout
+        self.init_timeout, self.finish_timeout, self.artifact = init_timeout, finish_timeout, artifact
         self.patience = init_timeout + finish_timeout + MARGIN
         self._run: Any = None
         self._service: Any = None
@@ -116,6 +121,8 @@ class WandbTracker(Tracker):
     def finish(self, completed: bool = True) -> None:
         if self._run is None:
             return
+        if self.artifact and completed:
+            self._attempt(self._keep_weights)
         folder, url = self._piece(), self._run.url
         try:
             self._run.finish(exit_code=0 if completed else 1)
@@ -259,6 +266,19 @@ class WandbTracker(Tracker):
         if kind == _EPOCH and self._best is not None:
             name, value, epoch = self._best
             self._run.summary.update({f"best_{name}": value, "best_epoch": epoch})
+
+    def _keep_weights(self) -> None:
+        """Log the artifact. Its files stay where they are, until they are sent: copies would double the weights."""
+        import wandb
+
+        weights = next((one for name in WEIGHTS if (one := self._folder / name).is_file()), None)
+        if weights is None:
+            return
+        artifact = wandb.Artifact(f"model-{self._id}", type="model", metadata={"run": self._info.name})
+        for file in (weights, self._folder / "config.yaml"):
+            if file.is_file():
+                artifact.add_file(str(file), policy="immutable", skip_cache=True)
+        self._run.log_artifact(artifact)
 
     def _rows(self) -> Iterator[tuple[str, Metrics]]:
         """The rows of the run's files in their order, those of epochs behind those of steps."""

@@ -1,0 +1,1 @@
+"""Sweeps: values of settings that are drawn, tried by trainings, and compared by one number."""
