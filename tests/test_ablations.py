@@ -22,13 +22,11 @@ from detfamily.detector import Detector
 from detfamily.engine.optim import AdamW, clip_gradients
 from detfamily.engine.runtime import plan
 from detfamily.experiments.scale import Variant, identity, variants
-from detfamily.experiments.table import read_table
+from detfamily.experiments.table import read_table, table_files
 from detfamily.structures import Images, Targets
 
 ROOT = Path(__file__).resolve().parents[1]
-TABLES = [
-    file for file in sorted((ROOT / "experiments").glob("*/*.yaml")) if "task" not in yaml.safe_load(file.read_text())
-]
+TABLES = [file for file in table_files(ROOT / "experiments") if "task" not in yaml.safe_load(file.read_text())]
 """Those of detectors; ``tests/classification/test_tables.py`` has the others."""
 
 SMALL = (

@@ -16,13 +16,13 @@ from detfamily.engine.runtime import plan
 from detfamily.errors import ConfigError
 from detfamily.experiments.runner import Run
 from detfamily.experiments.scale import Variant, variants
-from detfamily.experiments.table import Table, read_table
+from detfamily.experiments.table import Table, read_table, table_files
 from detfamily.experiments.task import CLASSIFICATION
 from detfamily.experiments.version import Code
 from detfamily.structures import Images, Targets
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = [file for file in sorted((ROOT / "experiments").glob("*/*.yaml")) if "task" in yaml.safe_load(file.read_text())]
+FILES = [file for file in table_files(ROOT / "experiments") if "task" in yaml.safe_load(file.read_text())]
 NAMES = [f"{file.parent.name}/{file.stem}" for file in FILES]
 CLASSES = 5
 

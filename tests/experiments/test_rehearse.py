@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from detfamily.errors import ConfigError
 from detfamily.experiments import rehearse as module
@@ -62,7 +63,8 @@ def test_a_row_has_the_overrides_of_its_run_and_the_length_of_a_rehearsal(tmp_pa
 
 def test_all_tables_are_found_in_their_folder() -> None:
     names = {table.name for table in read_tables(EXPERIMENTS)}
-    assert names == {f"{file.parent.name}/{file.stem}" for file in EXPERIMENTS.glob("*/*.yaml")} and len(names) > 50
+    files = [file for file in EXPERIMENTS.glob("*/*.yaml") if "rows" in yaml.safe_load(file.read_text())]
+    assert names == {f"{file.parent.name}/{file.stem}" for file in files} and len(names) > 50
 
 
 def in_this_process(
@@ -112,5 +114,5 @@ def test_what_is_typed_wrongly_is_named(words: list[str], message: str, monkeypa
 
 
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no YAML file"):
+    with pytest.raises(ConfigError, match="there is none"):
         read_tables(tmp_path)

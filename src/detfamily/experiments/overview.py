@@ -11,11 +11,10 @@ from detfamily.errors import ConfigError
 from detfamily.experiments.claims import NOT_RUN, Claim, claims, conclusion, counts, order_of, out_of_order
 from detfamily.experiments.findings import SPENT, Findings, of_file
 from detfamily.experiments.results import FINISHED
-from detfamily.experiments.table import Table, read_table
+from detfamily.experiments.table import Table, read_table, table_files
 from detfamily.experiments.text import figure, grid, hours, signed
 
 PAGE = "OVERVIEW.md"
-TABLES = "*/*.yaml"
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def read_tables(folder: Path) -> list[Entry]:
         ConfigError: the folder has no tables, or one of them is not right.
         DataError: results beside a table are broken or mixed.
     """
-    tables = [read_table(file) for file in sorted(folder.glob(TABLES))]
+    tables = [read_table(file) for file in table_files(folder)]
     if not tables:
         raise ConfigError(f"there are no tables in {folder}: expected files such as {folder}/PAPER/TABLE.yaml")
     return [Entry(one, of_file(one) if one.path.with_suffix(".jsonl").is_file() else None) for one in tables]

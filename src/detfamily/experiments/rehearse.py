@@ -19,7 +19,7 @@ from pathlib import Path
 from detfamily.errors import ConfigError, DetfamilyError, nearest
 from detfamily.experiments.ablate import read_jobs, read_rows_wanted
 from detfamily.experiments.scale import Variant, scales, variants
-from detfamily.experiments.table import Table, read_table
+from detfamily.experiments.table import Table, read_table, table_files
 from detfamily.files import read_json
 from detfamily.matrix.cell import FAILED, OK, Outcome
 from detfamily.matrix.workers import examine_all
@@ -152,9 +152,9 @@ def read_tables(path: Path) -> list[Table]:
     """
     if not path.is_dir():
         return [read_table(path)]
-    files = sorted(path.rglob("*.yaml"))
+    files = table_files(path)
     if not files:
-        raise ConfigError(f"{path}: expected tables, and there is no YAML file\nusage: {USAGE}")
+        raise ConfigError(f"{path}: expected tables, and there is none\nusage: {USAGE}")
     return [read_table(file) for file in files]
 
 

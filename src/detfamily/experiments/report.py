@@ -7,7 +7,7 @@ from pathlib import Path
 
 from detfamily.experiments import results
 from detfamily.experiments.findings import Findings, read_findings
-from detfamily.experiments.overview import PAGE, TABLES, drawn, overview, read_tables
+from detfamily.experiments.overview import PAGE, drawn, overview, read_tables
 from detfamily.experiments.page import markdown
 from detfamily.experiments.plots import plot_curves, plot_differences, plot_overview, plot_tradeoff
 from detfamily.experiments.results import PLAN
@@ -31,7 +31,7 @@ def report(words: Sequence[str]) -> None:
         ConfigError, DataError: there is no such table, scale or result.
     """
     folder = Path(words[0]) if len(words) == 1 else EXPERIMENTS
-    if not words or (folder.is_dir() and not (folder / PLAN).is_file() and any(folder.glob(TABLES))):
+    if not words or (folder.is_dir() and not (folder / PLAN).is_file() and table_files(folder)):
         files = write_overview(folder)
     else:
         found = read_findings(words)

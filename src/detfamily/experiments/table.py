@@ -13,6 +13,7 @@ from detfamily.config import groups_for
 from detfamily.errors import ConfigError, nearest
 from detfamily.experiments.task import DETECTION, TASKS, Task
 
+SWEEPS = "sweeps"
 _COSTS = ("params_m", "gflops")
 _TABLE_KEYS = ("title", "claim", "source", "base", "baseline", "rows", "not_expressed", "task", "tradeoff")
 _ROW_KEYS = ("label", "overrides", "published", "difference", "weights_of", "note")
@@ -122,6 +123,11 @@ class Table:
         return {one: round(value, 6) for one, value in levels.items() if value is not None}
 
 
+def table_files(folder: Path) -> list[Path]:
+    """The tables of a folder: its own, or those of the papers below; sweeps, which have a folder beside, are none."""
+    return sorted(file for file in (*folder.glob("*.yaml"), *folder.glob("*/*.yaml")) if file.parent.name != SWEEPS)
+
+
 def read_table(path: str | Path) -> Table:
     """Read a table.
 
@@ -167,7 +173,7 @@ def _load(path: Path) -> Any:
 
 def _nearby(path: Path) -> str:
     folder = next((one for one in (path, *path.parents) if one.is_dir()), Path())
-    found = [*folder.glob("*.yaml"), *folder.glob("*/*.yaml"), *Path("experiments").glob("*/*.yaml")]
+    found = [*table_files(folder), *table_files(Path("experiments"))]
     return (
         nearest(str(path), map(str, found)) if found else "a table is a YAML file such as experiments/PAPER/TABLE.yaml"
     )
