@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from detfamily.experiments.hold import Hold
 from detfamily.experiments.results import CUT_OFF, FAILED, FINISHED
 from detfamily.sweeps.conductor import Conductor
 from detfamily.sweeps.drawn import Drawn
@@ -141,10 +142,10 @@ def test_after_ctrl_c_the_trial_goes_on_where_it_was(conduct, sweep, make, tmp_p
 
 
 def test_a_trial_that_another_process_is_at_is_left_to_it(conduct, drawn, make):
-    pytest.importorskip("fcntl")
     folder = make(Proposal(1, POINTS[1])).folder
     folder.mkdir(parents=True)
-    handle = make(Proposal(1, POINTS[1]))._lock()
+    hold = Hold.take(folder)
+    assert hold is not None
     problems, _ = conduct(drawn())
-    os.close(handle)
+    hold.release()
     assert list(problems) == ["trial 1"] and "another process is at it" in problems["trial 1"]

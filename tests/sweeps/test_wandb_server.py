@@ -28,6 +28,8 @@ except ConfigError as error:
 sys.exit(status)
 """
 
+pytestmark = pytest.mark.slow
+
 
 class Server(http.server.ThreadingHTTPServer):
     """Keeps one sweep, and hands out a run to each agent that has none, as many as there are learning rates."""

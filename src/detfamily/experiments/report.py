@@ -11,6 +11,7 @@ from detfamily.experiments.overview import PAGE, drawn, overview, read_tables
 from detfamily.experiments.page import markdown
 from detfamily.experiments.plots import plot_curves, plot_differences, plot_overview, plot_tradeoff
 from detfamily.experiments.results import PLAN
+from detfamily.experiments.table import table_files
 from detfamily.files import write_text_atomically
 
 PICTURES = "pictures"

@@ -131,6 +131,11 @@ class UnderWay:
     job: Job
     progress: Progress
 
+    @property
+    def started(self) -> str:
+        """Whether it has begun or goes on, in words."""
+        return "goes on" if self.progress.shown else "starts"
+
     def new_epochs(self) -> list[str]:
         """The lines of the epochs that have ended since the last call."""
         epochs = self.run.variant.config["schedule"]["epochs"]
@@ -253,31 +258,9 @@ class Runner:
         if hold is None:
             raise LaunchError(f"another call is at it, in {run.folder}")
         forget_job(run.folder)
-        run.note_start()
-        progress = Progress(run, len(read_rows(run.folder / EPOCHS)))
-        try:
-            job = self.launcher.start(self._order(run), hold)
-        except DetfamilyError as error:
-            note(run.folder, status=FAILED, error=f"not started: {error}")
-            hold.release()
-            raise
-        started = "goes on" if progress.shown else "starts"
-        self.say(f"{where}: {f'{job.words}, ' if self.launcher.detached else ''}{started}, in {run.folder}")
-        return UnderWay(run, job, progress)
-
-    def _order(self, run: Run) -> Order:
-        threads, processes = self.launcher.threads, self.launcher.processes
-        real = tuple(self.launch) == LAUNCH
-        places = (str(PACKAGE.parent), os.environ.get("PYTHONPATH", ""))
-        return Order(
-            run.folder,
-            (*with_processes(self.launch, processes), *run.words(threads and max(1, threads // processes))),
-            device=run.variant.config["runtime"]["device"],
-            threads=threads,
-            code=run.code.identity if real else None,
-            environment={"PYTHONPATH": os.pathsep.join(filter(None, places))},
-            place=Path.cwd(),
-        )
+        one = start(run, self.launcher, self.launch, hold)
+        self.say(f"{where}: {f'{one.job.words}, ' if self.launcher.detached else ''}{one.started}, in {run.folder}")
+        return one
 
     def _look(self) -> None:
         for one in list(self.running):
@@ -322,6 +305,43 @@ class Runner:
             time.sleep(POLL)
         self.say("the same command goes on from here")
         raise SystemExit(exit_code)
+
+
+def start(run: Run, launcher: Launcher, launch: Sequence[str], hold: Hold) -> UnderWay:
+    """Hand a run to a launcher.
+
+    Args:
+        run: which one.
+        launcher: takes it.
+        launch: how detfamily is called.
+        hold: of the run's folder; the job's from now on.
+
+    Raises:
+        DetfamilyError: it cannot be started; ``run.json`` says so, and the folder is free.
+    """
+    run.note_start()
+    progress = Progress(run, len(read_rows(run.folder / EPOCHS)))
+    try:
+        return UnderWay(run, launcher.start(order_of(run, launcher, launch), hold), progress)
+    except DetfamilyError as error:
+        note(run.folder, status=FAILED, error=f"not started: {error}")
+        hold.release()
+        raise
+
+
+def order_of(run: Run, launcher: Launcher, launch: Sequence[str]) -> Order:
+    """What a launcher is to do."""
+    threads, processes = launcher.threads, launcher.processes
+    places = (str(PACKAGE.parent), os.environ.get("PYTHONPATH", ""))
+    return Order(
+        run.folder,
+        (*with_processes(launch, processes), *run.words(threads and max(1, threads // processes))),
+        device=run.variant.config["runtime"]["device"],
+        threads=threads,
+        code=run.code.identity if tuple(launch) == LAUNCH else None,
+        environment={"PYTHONPATH": os.pathsep.join(filter(None, places))},
+        place=Path.cwd(),
+    )
 
 
 def with_processes(launch: Sequence[str], processes: int) -> tuple[str, ...]:

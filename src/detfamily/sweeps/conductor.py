@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 
 from detfamily.engine.interrupt import Interruption
+from detfamily.experiments.hold import Hold
+from detfamily.experiments.launchers.local import LocalLauncher, LocalOptions
+from detfamily.experiments.notes import note
 from detfamily.experiments.results import CUT_OFF, FAILED, FINISHED
-from detfamily.experiments.runner import LAUNCH, PATIENCE, POLL, Process
+from detfamily.experiments.runner import LAUNCH, PATIENCE, POLL, UnderWay, start
 from detfamily.sweeps.distribution import Point, short
 from detfamily.sweeps.proposals import Proposal, Proposals
 from detfamily.sweeps.sweep import Sweep
@@ -23,11 +25,11 @@ class Running:
 
     Args:
         proposal: its number and values.
-        process: its training.
+        training: its training.
     """
 
-    def __init__(self, proposal: Proposal, process: Process) -> None:
-        self.number, self.process, self.run = proposal.number, process, process.run
+    def __init__(self, proposal: Proposal, training: UnderWay) -> None:
+        self.number, self.training, self.run = proposal.number, training, training.run
         self.last = 0  # epoch that was reported
         self.gives_up_at: float | None = None
 
@@ -38,12 +40,12 @@ class Running:
     def give_up(self) -> None:
         """Ask the training to leave; it saves first, which is no loss where the answer was wrong."""
         self.gives_up_at = time.monotonic() + PATIENCE
-        self.process.process.terminate()
+        self.training.job.stop()
 
     def insist(self) -> None:
         """Kill a training that was asked to leave and does not."""
         if self.gives_up_at is not None and time.monotonic() > self.gives_up_at:
-            self.process.process.kill()
+            self.training.job.kill()
 
 
 class Conductor:
@@ -71,7 +73,7 @@ class Conductor:
     ) -> None:
         self.sweep, self.proposals, self.make, self.jobs = sweep, proposals, make, jobs
         self.say, self.changed, self.launch = say, changed, launch
-        self.threads = None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
+        self.launcher = LocalLauncher(LocalOptions(), jobs)
         self.running: list[Running] = []
         self.problems: dict[str, str] = {}
         self._begun: set[int] = set()
@@ -99,7 +101,7 @@ class Conductor:
                     self._stop(interruption.exit_code)
             finally:
                 for one in self.running:  # a second Ctrl-C, or an error of ours
-                    one.process.process.kill()
+                    one.training.job.kill()
         return self.problems
 
     def _next(self) -> Proposal | None:
@@ -114,18 +116,18 @@ class Conductor:
     def _start(self, proposal: Proposal) -> None:
         run = self.make(proposal)
         run.folder.mkdir(parents=True, exist_ok=True)
-        lock = run._lock()
-        if lock is None:
+        hold = Hold.take(run.folder)
+        if hold is None:
             self._end(proposal.number, run.name, CUT_OFF, None, f"another process is at it, in {run.folder}")
             return
-        process = Process(run, lock, self.launch, self.threads)
-        self.running.append(Running(proposal, process))
-        self.say(f"{run.name} {'goes on' if process.shown else 'starts'}: {words_of(proposal.point)}")
+        training = start(run, self.launcher, self.launch, hold)
+        self.running.append(Running(proposal, training))
+        self.say(f"{run.name} {training.started}: {words_of(proposal.point)}")
 
     def _look(self) -> None:
         for one in list(self.running):
-            has_ended = one.process.poll()
-            for line in one.process.new_epochs():
+            has_ended = one.training.job.poll()
+            for line in one.training.new_epochs():
                 self.say(f"  {one.run.name}: {line}")
             if not one.given_up:
                 self._report(one, has_ended)
@@ -147,17 +149,17 @@ class Conductor:
 
     def _close(self, one: Running) -> None:
         """Settle how a trial ended. One that was finished before it could be given up counts as finished."""
-        error = one.process.close()
+        error = one.training.job.close().error
         values = measured(one.run.folder, self.sweep.metric)
         value = values[max(values)] if values else None
         if error is None and value is None:
             error = f"there is no {self.sweep.metric} in its metrics.jsonl"
-            one.process.write(FAILED, error)
+            note(one.run.folder, status=FAILED, error=error)
         if error is None:
             state = FINISHED
         elif one.given_up:
             state, error = PRUNED, None
-            one.process.write(PRUNED)
+            note(one.run.folder, status=PRUNED, error=None)
         else:
             state = CUT_OFF if one.run.status() == CUT_OFF else FAILED
         shown = f", {self.sweep.label} {self.sweep.shown(value)}" if state in (FINISHED, PRUNED) else ""
@@ -178,7 +180,7 @@ class Conductor:
         """Ask each training to save and leave; what they reached stays open, to be gone on with."""
         self.say(f"stopping: {len(self.running)} trials finish their step and save (once more: at once)")
         for one in self.running:
-            one.process.process.terminate()
+            one.training.job.stop()
         until = time.monotonic() + PATIENCE
         while self.running and time.monotonic() < until:
             self._look()
