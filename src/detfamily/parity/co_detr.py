@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detfamily.auxiliary import ATSS, FasterRCNN
@@ -126,8 +128,23 @@ def _set_up(case: Case, overrides: Sequence[str]) -> Setup:
         rows, width = case.weights["query_head.label_embedding.weight"].shape
         detector.denoising.label_embed = nn.Embedding(rows, width, dtype=case.dtype)
     found = adapter(detector)
-    detector.load_state_dict(found.to_ours(case.weights), strict=True)
+    heads = 0 if detector.auxiliary is None else len(detector.auxiliary.heads)
+    detector.load_state_dict(found.to_ours(_of_these_heads(case.weights, heads)), strict=True)
     return Setup(detector, build_criterion(cfg), build_postprocess(cfg), found, images, maps)
+
+
+_HEAD_CODES = "query_head.transformer.head_pos_embed.weight"
+_OF_HEAD = re.compile(
+    r"query_head\.transformer\.(?:aux_pos_trans|aux_pos_trans_norm|pos_feats_trans|pos_feats_norm)\.(\d+)\."
+)
+
+
+def _of_these_heads(weights: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
+    """What makes queries of positives is officially counted apart from the heads, so there may be more of it."""
+    own = {
+        name: one for name, one in weights.items() if not ((found := _OF_HEAD.match(name)) and int(found[1]) >= heads)
+    }
+    return own | ({_HEAD_CODES: own[_HEAD_CODES][:heads]} if _HEAD_CODES in own and heads else {})
 
 
 def _inputs(case: Case) -> tuple[Images, list[Tensor]]:
@@ -160,6 +177,9 @@ def _training(case: Case, setup: Setup) -> dict[str, Tensor]:
     ours |= {f"grad.{name}": one for name, one in setup.adapter.to_official(named).items()}
     every = setup.adapter.to_official(dict(detector.named_parameters()))
     ours |= {f"grad.{name}": torch.zeros_like(one) for name, one in every.items() if f"grad.{name}" not in ours}
+    if (codes := f"grad.{_HEAD_CODES}") in ours:
+        spare = len(case.weights[_HEAD_CODES]) - len(ours[codes])
+        ours[codes] = F.pad(ours[codes], (0, 0, 0, spare))
     with torch.no_grad():
         return ours | _of_heads(case, setup, auxiliary, targets)
 
