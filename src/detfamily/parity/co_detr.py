@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detfamily.auxiliary import ATSS, FasterRCNN
@@ -108,7 +110,7 @@ def results(case: Case, overrides: Sequence[str]) -> dict[str, Tensor]:
         return _training(case, setup)
     with torch.no_grad():
         predictions = setup.detector.eval()(setup.images)
-    ours = _outputs(predictions) | detections(setup.postprocess, predictions, setup.images)
+    ours = _outputs(case, predictions) | detections(setup.postprocess, predictions, setup.images)
     synthetic = Predictions(case.io["synth.pred_logits"][None], case.io["synth.pred_boxes"][None])
     ours |= detections(setup.postprocess, {"match": synthetic}, setup.images, "post_synth")
     plain = build_postprocess(compose("train", ["data=coco", "data.root=.", *overrides, "postprocess=top_k_clipped"]))
@@ -126,8 +128,23 @@ def _set_up(case: Case, overrides: Sequence[str]) -> Setup:
         rows, width = case.weights["query_head.label_embedding.weight"].shape
         detector.denoising.label_embed = nn.Embedding(rows, width, dtype=case.dtype)
     found = adapter(detector)
-    detector.load_state_dict(found.to_ours(case.weights), strict=True)
+    heads = 0 if detector.auxiliary is None else len(detector.auxiliary.heads)
+    detector.load_state_dict(found.to_ours(_of_these_heads(case.weights, heads)), strict=True)
     return Setup(detector, build_criterion(cfg), build_postprocess(cfg), found, images, maps)
+
+
+_HEAD_CODES = "query_head.transformer.head_pos_embed.weight"
+_OF_HEAD = re.compile(
+    r"query_head\.transformer\.(?:aux_pos_trans|aux_pos_trans_norm|pos_feats_trans|pos_feats_norm)\.(\d+)\."
+)
+
+
+def _of_these_heads(weights: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
+    """What makes queries of positives is officially counted apart from the heads, so there may be more of it."""
+    own = {
+        name: one for name, one in weights.items() if not ((found := _OF_HEAD.match(name)) and int(found[1]) >= heads)
+    }
+    return own | ({_HEAD_CODES: own[_HEAD_CODES][:heads]} if _HEAD_CODES in own and heads else {})
 
 
 def _inputs(case: Case) -> tuple[Images, list[Tensor]]:
@@ -153,13 +170,16 @@ def _training(case: Case, setup: Setup) -> dict[str, Tensor]:
     auxiliary.draws = _draws(case, auxiliary)
     predictions = detector(setup.images, targets)
     losses = setup.criterion(predictions, targets)
-    ours |= _outputs(predictions) | _losses(setup.criterion, predictions, losses)
+    ours |= _outputs(case, predictions) | _losses(setup.criterion, predictions, losses)
     ours |= _matches(losses, targets) | _of_queries(predictions, auxiliary)
     losses.total.backward()
     named = {name: one.grad for name, one in detector.named_parameters() if one.grad is not None}
     ours |= {f"grad.{name}": one for name, one in setup.adapter.to_official(named).items()}
     every = setup.adapter.to_official(dict(detector.named_parameters()))
     ours |= {f"grad.{name}": torch.zeros_like(one) for name, one in every.items() if f"grad.{name}" not in ours}
+    if (codes := f"grad.{_HEAD_CODES}") in ours:
+        spare = len(case.weights[_HEAD_CODES]) - len(ours[codes])
+        ours[codes] = F.pad(ours[codes], (0, 0, 0, spare))
     with torch.no_grad():
         return ours | _of_heads(case, setup, auxiliary, targets)
 
@@ -184,13 +204,13 @@ def _of_denoising(denoising: Denoising, targets: Targets, num_queries: int) -> d
 
 def _draws(case: Case, auxiliary: Collaboration) -> OfficialDraws:
     keys = sorted(key for key in case.io if key.startswith("rng.") and key.endswith(".randperm"))
-    faster = cast("FasterRCNN", auxiliary.heads["faster_rcnn"])
-    samplers = [faster.rpn.sampler, faster.roi.sampler]
+    faster = [head for head in auxiliary.heads.values() if isinstance(head, FasterRCNN)]
+    samplers = [sampler for head in faster for sampler in (head.rpn.sampler, head.roi.sampler)]
     batch, bounds = len(case.io["mask"]), auxiliary.choose
     return OfficialDraws([case.io[key] for key in keys], samplers, batch, bounds.least, bounds.most)
 
 
-def _outputs(predictions: dict[str, Predictions]) -> dict[str, Tensor]:
+def _outputs(case: Case, predictions: dict[str, Predictions]) -> dict[str, Tensor]:
     places = {"match": "out.", "denoise": "out.dn.", "proposals": "out.enc."}
     ours: dict[str, Tensor] = {}
     for group, place in places.items():
@@ -201,7 +221,19 @@ def _outputs(predictions: dict[str, Predictions]) -> dict[str, Tensor]:
             where = place if layer == len(said.logits) - 1 else f"{place}aux.{layer}."
             ours[f"{where}pred_logits"] = said.logits[layer].detach()
             ours[f"{where}pred_boxes"] = said.boxes[layer].detach()
-    return ours
+    return ours | _chosen(case, ours)
+
+
+def _chosen(case: Case, ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is said of proposals, where all tokens are trained and the case stores those that become queries."""
+    names = ("out.enc.pred_logits", "out.enc.pred_boxes")
+    if not all(name in case.io and name in ours for name in names):
+        return {}
+    count = case.io[names[0]].shape[1]
+    if count >= ours[names[0]].shape[1]:
+        return {}
+    best = ours[names[0]][..., 0].topk(count, 1).indices[..., None]
+    return {name: ours[name].take_along_dim(best, 1) for name in names}
 
 
 _PARTS = {"class": "loss_cls", "l1": "loss_bbox", "giou": "loss_iou"}
@@ -271,13 +303,15 @@ def _of_heads(case: Case, setup: Setup, auxiliary: Collaboration, targets: Targe
     memory: Tokens = detector.encode(images)
     maps, objects = auxiliary.maps(memory), Objects.of(images, targets)
     auxiliary.draws = draws = _draws(case, auxiliary)
-    faster, atss = auxiliary.heads["faster_rcnn"], auxiliary.heads["atss"]
-    assert isinstance(faster, FasterRCNN) and isinstance(atss, ATSS)
     own_weight = _own_weight(setup.criterion)
-    ours = _of_rpn(faster, maps, images, objects, draws, own_weight)
-    proposals = [ours[f"rpn.{image}.proposals"][:, :4] for image in range(len(images))]
-    ours |= _of_roi(faster, maps, proposals, objects, draws)
-    ours |= _of_atss(atss, maps, images, objects, own_weight)
+    ours: dict[str, Tensor] = {}
+    for index, head in enumerate(auxiliary.heads.values()):
+        if isinstance(head, FasterRCNN):
+            ours |= _of_rpn(head, maps, images, objects, draws, own_weight)
+            proposals = [ours[f"rpn.{image}.proposals"][:, :4] for image in range(len(images))]
+            ours |= _of_roi(head, maps, proposals, objects, draws)
+        elif isinstance(head, ATSS):
+            ours |= _of_atss(head, maps, images, objects, own_weight, index)
     auxiliary.draws = _draws(case, auxiliary)
     found = {name: head(maps, images, objects, auxiliary.draws) for name, head in auxiliary.heads.items()}
     for index, (name, one) in enumerate(found.items()):
@@ -289,6 +323,7 @@ def _of_heads(case: Case, setup: Setup, auxiliary: Collaboration, targets: Targe
         assert auxiliary.queries is not None
         queries = cast("PositiveEmbedding", auxiliary.queries[name])(positives, auxiliary.reference_dim)
         ours[f"auxq.{index}.query"] = queries.content
+        ours |= {} if queries.pos is None else {f"auxq.{index}.query_pos": queries.pos}
         hidden, _ = detector.decoder(queries, memory, detector.heads)
         ours |= {f"auxq.{index}.decoder.{layer}": one for layer, one in enumerate(hidden)}
     return ours
@@ -373,7 +408,9 @@ def _of_roi(
     return ours
 
 
-def _of_atss(atss: ATSS, maps: list[Tensor], images: Images, objects: Objects, own_weight: float) -> dict[str, Tensor]:
+def _of_atss(
+    atss: ATSS, maps: list[Tensor], images: Images, objects: Objects, own_weight: float, place: int
+) -> dict[str, Tensor]:
     shapes = shapes_of(maps)
     anchors = atss.anchors(shapes, objects.boxes_xyxy)
     assigned = atss.assign(anchors, shapes, images, objects)
@@ -401,9 +438,9 @@ def _of_atss(atss: ATSS, maps: list[Tensor], images: Images, objects: Objects, o
         part = torch.where(here, assigned, OUTSIDE)
         losses = atss.losses_of(said, anchors, part, objects)
         own_divisors = _atss_divisors(anchors, part, boxes)
-        for name, official in (("class", "cls1"), ("giou", "bbox1"), ("centerness", "centerness1")):
+        for name, official in (("class", "cls"), ("giou", "bbox"), ("centerness", "centerness")):
             value = losses[name] * own_divisors[name] / divisors[name] * atss.weights[name] * own_weight
-            ours[f"loss.loss_{official}.level{level}"] = value
+            ours[f"loss.loss_{official}{place}.level{level}"] = value
         start += height * width
     return ours
 
@@ -423,6 +460,7 @@ def _of_positives(place: str, positives: Positives, classes: int) -> dict[str, T
         "labels": torch.where(matched, positives.labels, classes),
         "targets": torch.where(matched[..., None], positives.target_boxes, 0.0),
         "label_weights": positives.counted.to(positives.boxes.dtype),
+        "feats": positives.features,
         "bbox_weights": matched[..., None].expand(-1, -1, 4).to(positives.boxes.dtype),
         **{f"src_index.{image}": one for image, one in enumerate(positives.index)},
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import Tensor
 
 from detfamily.parity import co_detr
@@ -47,19 +49,44 @@ def overrides(case: Case) -> list[str]:
         f"criterion.weights.class={loss['query_head']['loss_cls']['loss_weight']}",
         f"criterion.weights.l1={loss['query_head']['loss_bbox']['loss_weight']}",
         f"criterion.weights.giou={loss['query_head']['loss_iou']['loss_weight']}",
-        f"auxiliary.0.rpn.sampler.count={args['rpn_sampler_num']}",
-        f"auxiliary.0.rpn.per_level={args['rpn_nms_pre']}",
-        f"auxiliary.0.rpn.proposals={args['rpn_max_per_img']}",
-        f"auxiliary.0.roi.sampler.count={args['rcnn_sampler_num']}",
-        f"auxiliary.0.roi.hidden_dim={args['roi_fc_out_channels']}",
+        *_heads(case),
         *_head_code(case),
-        *(_of_dino(args) if dino else [f"postprocess.num_select={args['max_per_img']}"]),
+        *(_of_dino(args) if dino else _of_deformable(case)),
     ]
+
+
+def _heads(case: Case) -> list[str]:
+    """Auxiliary heads whose weights are stored, in the order in which the official code counts them."""
+    args, prefixes = case.info["args"], {"faster_rcnn": "rpn_head.", "atss": "bbox_head."}
+    found = [name for name, prefix in prefixes.items() if any(key.startswith(prefix) for key in case.weights)]
+    chosen = [] if len(found) == len(prefixes) else [f"auxiliary={found[0] if found else 'none'}"]
+    place = {name: f"auxiliary.{index}" if len(found) > 1 else "auxiliary" for index, name in enumerate(found)}
+    if "faster_rcnn" in place:
+        own = place["faster_rcnn"]
+        chosen += [
+            f"{own}.rpn.sampler.count={args['rpn_sampler_num']}",
+            f"{own}.rpn.per_level={args['rpn_nms_pre']}",
+            f"{own}.rpn.proposals={args['rpn_max_per_img']}",
+            f"{own}.roi.sampler.count={args['rcnn_sampler_num']}",
+            f"{own}.roi.hidden_dim={args['roi_fc_out_channels']}",
+        ]
+    if "atss" in place:
+        tower = re.compile(r"bbox_head\.0\.cls_convs\.\d+\.conv\.weight")
+        chosen.append(f"{place['atss']}.depth={sum(map(bool, map(tower.fullmatch, case.weights)))}")
+    return chosen
 
 
 def _head_code(case: Case) -> list[str]:
     codes = case.weights.get("query_head.transformer.head_pos_embed.weight")
     return [] if codes is None else [f"collaboration.head_code={'scalar' if codes.shape[1] == 1 else 'vector'}"]
+
+
+def _of_deformable(case: Case) -> list[str]:
+    chosen = [f"postprocess.num_select={case.info['args']['max_per_img']}"]
+    if "official_model_dict" in case.info:
+        decoder = case.info["official_model_dict"]["query_head"]["transformer"]["decoder"]
+        chosen.append(f"decoder.look_forward={decoder.get('look_forward_twice', False)}")
+    return chosen
 
 
 def _of_dino(args: dict[str, object]) -> list[str]:
