@@ -92,7 +92,7 @@ def launch(tmp_path) -> list[str]:
 @pytest.fixture
 def make(tmp_path):
     """The run of a trial, without a config that would have to be composed."""
-    config = {"schedule": {"epochs": 4}, "tracking": {}, "seed": 0}
+    config = {"schedule": {"epochs": 4}, "runtime": {"device": "cpu"}, "tracking": {}, "seed": 0}
 
     def make(proposal) -> TrialRun:
         variant = Variant(Row(label(proposal.number), ()), override_words(proposal.point), config, "identity")
