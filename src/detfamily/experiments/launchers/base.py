@@ -143,4 +143,6 @@ def outcome_of(folder: Path, lost: str) -> Outcome:
     if status in (QUEUED, RUNNING):
         note(folder, status=CUT_OFF, error=lost)
         return Outcome(lost, again=True)
-    return Outcome(state.get("error") or str(status), again=status == CUT_OFF)
+    if status == CUT_OFF:
+        return Outcome("stopped by a signal", again=True)
+    return Outcome(state.get("error") or f"{lost}, and its run.json does not say how")
