@@ -41,7 +41,7 @@ class Cost:
     spent: Mapping[str, float] = field(default_factory=dict)
 
 
-SPENT = "GPU-h are GPUs times hours, CPU-h the hours that processes took, whatever their threads"
+SPENT = "GPU-h are GPUs times hours, CPU-h threads times hours; runs that do not say how many they had, had one"
 """What hours mean, in words."""
 
 
@@ -98,14 +98,14 @@ class Findings:
     def spent(self, label: str | None = None) -> dict[str, float]:
         """Hours of all runs, also of those that failed, of a row or of the table: ``{"GPU": ..., "CPU": ...}``.
 
-        A run on a GPU that does not say how many it had, had one.
+        A run that does not say how many GPUs or threads it had, had one.
         """
         found: dict[str, float] = {}
         for one in self.records:
             if label not in (None, one["row"]):
                 continue
             on_gpu = bool(one.get("gpu_hours")) or one.get("memory_of") == "cuda"
-            amount = one.get("gpu_hours") or (one.get("seconds") or 0) / 3600
+            amount = one.get("gpu_hours" if on_gpu else "core_hours") or (one.get("seconds") or 0) / 3600
             kind = "GPU" if on_gpu else "CPU"
             found[kind] = found.get(kind, 0) + amount
         return {kind: amount for kind, amount in sorted(found.items(), reverse=True) if amount}
