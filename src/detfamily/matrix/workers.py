@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
@@ -89,8 +91,24 @@ def examine_all(
                     workers.remove(one)
                 ended(cell, outcome)
     finally:
+        with _deaf():  # a second Ctrl-C must not leave a process behind, for which Python would wait at its end
+            for one in workers:
+                one.process.kill()
         for one in workers:
             one.stop()
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Ctrl-C is not heard meanwhile, in the thread that hears it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _serve(connection: Connection, threads: int | None, examine: Callable[[Any], Outcome]) -> None:
