@@ -19,6 +19,8 @@ from detfamily.config.containers import dotted, walk
 from detfamily.config.registry import read_yaml
 from detfamily.engine.evaluate import on_top_of, split_overrides
 from detfamily.experiments.ablate import read_request
+from detfamily.experiments.rehearse import plan
+from detfamily.experiments.rehearse import read_request as read_rehearsal
 from detfamily.experiments.scale import variants
 from detfamily.matrix.request import check_names
 from detfamily.matrix.request import read_request as read_matrix
@@ -90,6 +92,11 @@ def test_a_command_makes_a_detector(given):
         asked = read_sweep([str(ROOT / word) if word.startswith("experiments/") else word for word in overrides])
         Recipe(asked.sweep, asked.further)
         assert asked.method != "grid" or grid(asked.sweep)
+        return
+    if name == "rehearse":
+        words = [str(ROOT / word) if word.startswith("experiments") else word for word in overrides]
+        tables, scale, rows, _, further = read_rehearsal(words)
+        plan(tables[:1], scale, rows, further)  # that all rows of all tables compose is tested elsewhere
         return
     if name == "matrix":
         check_names(read_matrix(overrides))

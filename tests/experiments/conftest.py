@@ -119,7 +119,7 @@ def run_of(tmp_path):
     def make(label: str = "plain", seed: int = 0, source: Run | None = None) -> Run:
         row = Row(label, (), weights_of=source.variant.row.label if source else None)
         overrides = ("decoder=refine",) if label == "refined" else ()
-        config = {"schedule": {"epochs": 3}, "runtime": {"device": "cpu"}}
+        config = {"schedule": {"epochs": 3}, "runtime": {"device": "cpu"}, "tracking": {}}
         variant = Variant(row, overrides, config, f"c{len(label)}")
         return Run("paper/table", "mini", variant, seed, Code("one", "commit-one"), tmp_path / "runs", source)
 

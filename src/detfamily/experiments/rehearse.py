@@ -141,7 +141,7 @@ def read_request(words: Sequence[str]) -> tuple[list[Table], str, str | None, in
             raise ConfigError(f"scale={scale}: {nearest(scale, known)}, for {table.name}\nusage: {USAGE}")
     if own.get("rows") and len(tables) != 1:
         raise ConfigError(f"rows={own['rows']} are those of one table, and {len(tables)} are given")
-    return tables, scale, own.get("rows"), read_jobs(own), further
+    return tables, scale, own.get("rows"), read_jobs({"jobs": "1", **own}), further
 
 
 def read_tables(path: Path) -> list[Table]:
