@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import pickle
 import random
+import signal
 
 import pytest
 import torch
@@ -76,6 +78,36 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypat
         checkpoint.save(path, state(step=2))
     assert path.read_bytes() == before
     assert [one.name for one in tmp_path.iterdir()] == ["last.pt"]
+
+
+class Disturbed:
+    """Word of an ended child process comes with every write."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, data):
+        os.kill(os.getpid(), signal.SIGCHLD)
+        return self.file.write(data)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="there are no signals of children here")
+def test_a_reading_process_that_dies_during_a_write_is_said_after_it(tmp_path, monkeypatch):
+    def loader_handler(number, frame):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda content, file: save(content, Disturbed(file)))
+    before = signal.signal(signal.SIGCHLD, loader_handler)
+    try:
+        with pytest.raises(RuntimeError, match="DataLoader worker"):
+            checkpoint.save(tmp_path / "a.pt", state(step=3))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert checkpoint.load(tmp_path / "a.pt")["step"] == 3
 
 
 def test_a_missing_file_names_those_nearby(tmp_path):

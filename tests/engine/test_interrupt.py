@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from detfamily.engine.interrupt import Interruption
+from detfamily.engine.interrupt import Interruption, signals_later
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -91,3 +91,66 @@ def test_a_forked_worker_survives_ctrl_c_only(number, ended_by):
         _, status = os.waitpid(child, 0)
         assert not interruption.wanted
     assert (os.WTERMSIG(status) if os.WIFSIGNALED(status) else None) == ended_by
+
+
+@pytest.fixture
+def child_handler():
+    """What torch's loader does: an error out of the line that runs when a child has ended."""
+
+    def handler(number, frame):
+        raise RuntimeError("a child has ended")
+
+    before = signal.signal(signal.SIGCHLD, handler)
+    yield handler
+    signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="there are no signals of children here")
+def test_a_raising_handler_waits_for_the_end_of_the_block(child_handler):
+    done = []
+    with pytest.raises(RuntimeError, match="a child has ended"), signals_later():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGCHLD)
+            time.sleep(0.001)  # time for Python to look
+        done.append("the whole block")
+    assert done and signal.getsignal(signal.SIGCHLD) is child_handler
+
+
+def test_ctrl_c_waits_for_the_end_of_the_block(listening):
+    done = []
+    with pytest.raises(KeyboardInterrupt), signals_later():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.001)
+        done.append("the whole block")
+    assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_error_of_the_block_goes_before_a_signal(listening):
+    with pytest.raises(ZeroDivisionError), signals_later():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.001)
+        raise ZeroDivisionError
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_is_not_handled_by_python_is_left_alone():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals_later():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_another_thread_has_no_handlers_to_hold_back():
+    entered = []
+
+    def enter():
+        with signals_later():
+            entered.append(True)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert entered

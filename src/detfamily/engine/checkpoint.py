@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 import detfamily
 from detfamily.checkpoints.read import read_file
+from detfamily.engine.interrupt import signals_later
 from detfamily.errors import CheckpointError, nearest
 from detfamily.files import write_atomically
 
@@ -65,17 +66,20 @@ class LoadedModel(NamedTuple):
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint.
+    """Write a checkpoint. Ctrl-C, and word of a reading process that was killed, wait until it is there.
 
     Raises:
         CheckpointError: the file cannot be written (full disk, missing rights); an older one of that name is intact.
     """
     content = {"format": FORMAT, "version": detfamily.__version__, **state}
+    with signals_later():
+        _write(path, content)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
     try:
         write_atomically(path, lambda file: torch.save(content, file))
     except (OSError, RuntimeError) as error:
-        if "DataLoader worker" in str(error):  # torch raises this wherever it happens to be
-            raise
         reason = _reason(error)
         kept = f"; {path.name} of before is intact" if path.exists() else ""
         raise CheckpointError(f"cannot write the checkpoint {path}: {reason}{kept}") from error

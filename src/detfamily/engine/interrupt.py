@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that the loop grants between two steps."""
+"""Signals at the right moment: Ctrl-C and SIGTERM between two steps, none in the middle of a file."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Those whose handlers raise: Python's own for Ctrl-C, and that of torch's loader for a reading process that was killed.
+_RAISING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGCHLD") if hasattr(signal, name))
 
 
 class Interruption:
@@ -68,3 +72,27 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+@contextmanager
+def signals_later() -> Iterator[None]:
+    """While it is entered, Python's handlers of Ctrl-C and of ended child processes wait; they run when it is left.
+
+    They raise out of whatever line runs. In the middle of ``torch.save`` that is inside its C++ writer, which then
+    reports a broken file in their place, or aborts the process. Where the block itself fails, they do not run.
+    """
+    if threading.current_thread() is not threading.main_thread():  # handlers run in the main thread only
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in _RAISING}
+    waiting = {number: handler for number, handler in before.items() if callable(handler)}
+    try:
+        for number in waiting:
+            signal.signal(number, lambda number, frame: came.append(number))
+        yield
+    finally:
+        for number, handler in waiting.items():
+            signal.signal(number, handler)
+    for number in dict.fromkeys(came):
+        waiting[number](number, None)
