@@ -115,6 +115,56 @@ def test_without_a_baseline_nothing_is_compared(put, records):
     assert row_of(markdown(found, {}), "plain")[3] == "-"
 
 
+@pytest.fixture
+def groups(write_table):
+    """A table with two baselines, and records of it."""
+    names = ["a", "b", "a, longer", "b, longer"]
+    given = {
+        "a": (0.30, 0.32, 0.31),
+        "b": (0.33, 0.36, 0.36),
+        "a, longer": (0.5, 0.5, 0.5),
+        "b, longer": (0.4, 0.39, 0.41),
+    }
+    rows = [
+        {"label": name, "overrides": [], "published": {"AP": ap}}
+        for name, ap in zip(names, (40, 45, 44, 47), strict=True)
+    ]
+    rows[3]["against"] = "a, longer"
+    table = write_table(rows=rows, baseline="a")
+    changes = {name: {"config": name, "seconds": 100 * (1 + place)} for place, name in enumerate(names)}
+    found = [
+        {**record("plain", seed, ap), **changes[name], "row": name}
+        for name in names
+        for seed, ap in enumerate(given[name])
+    ]
+    return table, found
+
+
+def test_each_row_is_compared_with_its_own_baseline(groups):
+    table, found = groups
+    write_results(table.with_suffix(".jsonl"), found)
+    page = markdown(read_findings([str(table)]), {})
+    assert row_of(page, "a, longer")[1:4] == ["-", "44.0", "baseline"]
+    assert row_of(page, "b, longer")[1] == "a, longer" and row_of(page, "b, longer")[3] == "+3.0"
+    assert row_of(page, "b, longer")[6] == "−10.0" and row_of(page, "b, longer")[8] == "opposite sign, resolved"  # noqa: RUF001
+    assert row_of(page, "b")[6] == "+4.0"
+    assert "Of 2 published differences to the 2 baselines: 1 resolved with the published sign" in page
+    costs = page[page.index("## What a row costs") :]
+    assert row_of(costs, "b, longer")[5] == "1.33" and row_of(costs, "a, longer")[5] == "1.00"
+
+
+def test_a_baseline_that_is_missing_is_named_and_the_others_serve(groups):
+    table, found = groups
+    write_results(table.with_suffix(".jsonl"), [one for one in found if one["row"] != "a, longer"])
+    said = reading(read_findings([str(table)]))
+    assert said[0] == "The baseline `a, longer` has no finished run, so there is nothing to compare with."
+    assert "1 of 1: `b` +4.0 (n = 3)." in said[1]
+    write_results(table.with_suffix(".jsonl"), [one for one in found if one["row"].startswith("a")])
+    assert reading(read_findings([str(table)])) == [
+        "Only baselines, `a`, `a, longer`, have finished, so there is nothing to compare."
+    ]
+
+
 def test_all_files_are_written_small_and_the_same_again(put, records, table, capsys):
     put(records)
     report([str(table.path)])

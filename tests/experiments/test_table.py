@@ -23,9 +23,29 @@ def test_published_differences_are_taken_as_printed_or_from_the_figures(table):
     assert table.published_difference("refined, well", "APs") is None
 
 
+GROUPS = [
+    {"label": "a", "overrides": [], "published": {"AP": 40}},
+    {"label": "b", "overrides": ["decoder=refine"], "published": {"AP": 45}},
+    {"label": "a, longer", "overrides": [], "published": {"AP": 44}},
+    {"label": "b, longer", "overrides": ["decoder=refine"], "published": {"AP": 47}, "against": "a, longer"},
+]
+
+
+def test_a_row_is_compared_with_the_one_that_it_names(write_table):
+    table = read_table(write_table(rows=GROUPS, baseline="a"))
+    assert table.baselines == ["a", "a, longer"]
+    assert [table.baseline_of(label) for label in table.labels] == [None, "a", None, "a, longer"]
+    assert [table.published_difference(label) for label in table.labels] == [None, 5, None, 3]
+    assert table.published_order() == {"a": 40, "b": 45, "a, longer": 44, "b, longer": 47}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"rows": [*ROWS, {**ROWS[1], "label": "c", "against": "d"}], "baseline": "a"}, "c.against: no row 'd'"),
+        ({"rows": [ROWS[0], {**ROWS[1], "against": 1}], "baseline": "a"}, r"\(b\).against: expected a text, not 1"),
+        ({"rows": [ROWS[0], {**ROWS[1], "against": "b"}], "baseline": "a"}, "b.against: it is a baseline itself"),
+        ({"rows": [{**ROWS[0], "against": "b"}, ROWS[1]], "baseline": "a"}, "a.against: it is a baseline itself"),
         ({"titel": "x"}, "unknown key 'titel': did you mean 'title'"),
         ({"base": "deformable_detr_r51"}, "base: there is no experiment .* did you mean 'deformable_detr_r50'"),
         ({"baseline": "b2"}, "baseline: there is no row 'b2'"),

@@ -19,7 +19,7 @@ SHOWN = 4
 
 @dataclass(frozen=True)
 class Claim:
-    """A row against the baseline: what the source prints, and what came out here.
+    """A row against its baseline: what the source prints, and what came out here.
 
     Attributes:
         label: the row.
@@ -65,21 +65,25 @@ class Claim:
 
 
 def claim_of(table: Table, label: str, found: Findings | None = None) -> Claim:
-    """A row against the baseline.
+    """A row against its baseline.
 
     Args:
         table: the table.
         label: of the row.
         found: the runs; None: there are none.
     """
-    run = found is not None and found.values(label) and found.values(table.baseline)
-    return Claim(label, table.published_difference(label), found.difference(label) if found and run else None)
+    return Claim(label, table.published_difference(label), found.difference(label) if found else None)
 
 
 def claims(table: Table, found: Findings | None = None) -> list[Claim]:
-    """The differences to the baseline that the source prints, in the table's order."""
-    every = [claim_of(table, label, found) for label in table.labels if label != table.baseline]
+    """The differences to their baselines that the source prints, in the table's order."""
+    every = [claim_of(table, label, found) for label in table.labels]
     return [one for one in every if one.published is not None]
+
+
+def baseline_words(table: Table) -> str:
+    """What rows are compared with, in a sentence."""
+    return f"`{table.baseline}`" if len(table.baselines) == 1 else f"the {len(table.baselines)} baselines"
 
 
 def order_of(found: Findings) -> Order | None:
@@ -126,7 +130,7 @@ def summary(found: Findings) -> str:
     if not given:
         return "The source prints no differences between these rows, so there are no figures to hold it to."
     if all(one.ours is None for one in given):
-        return "Not told: no row with a published difference has been run beside the baseline."
+        return "Not told: no row with a published difference has been run beside its baseline."
     stand = counts(given)
     against = [one.label for one in given if one.resolved and one.agrees is False]
     open_, likewise = stand["open"] + stand["open, same"], stand["open, same"]
@@ -137,7 +141,7 @@ def summary(found: Findings) -> str:
     ]
     parts += [f"{stand['equal']} published as zero"] * bool(stand["equal"])
     parts += [f"{stand[NOT_RUN]} not run"] * bool(stand[NOT_RUN])
-    number = f"{len(given)} published difference{'s' if len(given) > 1 else ''} to `{found.table.baseline}`"
+    number = f"{len(given)} published difference{'s' if len(given) > 1 else ''} to {baseline_words(found.table)}"
     words = f"{conclusion(given).capitalize()}, at this scale. Of {number}: {', '.join(parts)}."
     pairs = out_of_order(found)
     if pairs:

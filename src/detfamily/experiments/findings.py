@@ -28,7 +28,7 @@ class Cost:
         images_per_second: in training, of the fastest run: other work on the machine only slows a run down.
         memory_gib: peak, median; None where it was not measured.
         seconds: of the shortest run.
-        relative: the seconds as a multiple of the baseline's; None where either is not known.
+        relative: the seconds as a multiple of its baseline's; None where either is not known.
         spent: hours of all of the row's runs, by what they ran on.
     """
 
@@ -71,9 +71,10 @@ class Findings:
         return [label for label in self.table.labels if self.values(label)]
 
     @property
-    def others(self) -> list[str]:
-        """The same without the baseline."""
-        return [label for label in self.labels if label != self.table.baseline]
+    def compared(self) -> dict[str, Difference]:
+        """Label -> the row minus its baseline, points, of those where both have a finished run."""
+        found = {label: self.difference(label) for label in self.labels}
+        return {label: one for label, one in found.items() if one is not None}
 
     def over_runs(self, of: Callable[[list[float]], float], label: str, field: str) -> float | None:
         """Of all of a row's finished runs, what their records say of a field, such as ``images_per_second``."""
@@ -84,8 +85,8 @@ class Findings:
     def tradeoff(self) -> dict[str, Cost]:
         """Label -> what the row reached and took, of the rows whose speed is known."""
         found = {}
-        base = self.over_runs(min, self.table.baseline, "seconds")
         for label in self.labels:
+            base = self.over_runs(min, self.table.baseline_of(label) or label, "seconds")
             whole = summarize(list(self.values(label).values()))
             speed = self.over_runs(max, label, "images_per_second")
             if speed is not None:
@@ -110,9 +111,12 @@ class Findings:
             found[kind] = found.get(kind, 0) + amount
         return {kind: amount for kind, amount in sorted(found.items(), reverse=True) if amount}
 
-    def difference(self, label: str) -> Difference:
-        """A row minus the baseline, points."""
-        return difference(self.values(label), self.values(self.table.baseline))
+    def difference(self, label: str) -> Difference | None:
+        """A row minus its baseline, points; None where one of the two has no finished run, and for a baseline."""
+        base = self.table.baseline_of(label)
+        if base is None or not self.values(label) or not self.values(base):
+            return None
+        return difference(self.values(label), self.values(base))
 
 
 def frontier(costs: Mapping[str, Cost]) -> list[str]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from detfamily.experiments.claims import NOT_RUN, claim_of, claims, order_of, summary
+from detfamily.experiments.claims import NOT_RUN, baseline_words, claim_of, claims, order_of, summary
 from detfamily.experiments.findings import SPENT, Findings, frontier
 from detfamily.experiments.results import FAILED, FINISHED
 from detfamily.experiments.statistics import LEVEL, Difference, summarize
+from detfamily.experiments.table import Table
 from detfamily.experiments.text import figure, grid, hours, names, number, signed, with_spread
 
 
@@ -33,8 +34,8 @@ def markdown(found: Findings, pictures: Mapping[str, str], records: str | None =
         "## Ours beside published",
         _main_table(found),
         f"{label} in per cent; ± is the standard deviation of a single run over the seeds. The difference is that of "
-        f"the means to `{table.baseline}`, in points, with its 95 % t-interval; *paired* compares runs of the same "
-        "seed. The verdict compares the sign with the published one; resolved: the interval leaves zero out.",
+        f"the means to {_compared_with(table)}, in points, with its 95 % t-interval; *paired* compares runs of the "
+        "same seed. The verdict compares the sign with the published one; resolved: the interval leaves zero out.",
         *(f"![{caption}]({file})\n\n{caption}." for caption, file in pictures.items()),
         f"## {table.task.others}",
         _size_table(found),
@@ -65,20 +66,36 @@ def _setting(found: Findings) -> str:
 
 def reading(found: Findings) -> list[str]:
     """What can be told from these runs, and what cannot, in sentences."""
-    base = found.table.baseline
-    if not found.values(base):
-        return [f"The baseline `{base}` has no finished run, so there is nothing to compare with."]
-    if not found.others:
-        return [f"Only the baseline `{base}` has finished, so there is nothing to compare."]
-    compared = {label: found.difference(label) for label in found.others}
-    return [_verdict(compared, base), *_order(found), *_sizes(found), *_precision(compared), *_cautions(found)]
+    compared = found.compared
+    told = [_verdict(compared, baseline_words(found.table)), *_order(found), *_sizes(found), *_precision(compared)]
+    return [*_absent(found), *(told if compared else []), *(_cautions(found) if compared else [])]
+
+
+def _absent(found: Findings) -> list[str]:
+    """Which baselines are missing that rows were run for, and whether nothing but baselines was run."""
+    needed = [found.table.baseline_of(label) for label in found.labels]
+    sentences = [
+        f"The baseline `{base}` has no finished run, so there is nothing to compare with."
+        for base in found.table.baselines
+        if base in needed and not found.values(base)
+    ]
+    if not any(needed):
+        one = len(found.labels) == 1
+        which = f"the baseline {names(found.labels)} has" if one else f"baselines, {names(found.labels)}, have"
+        sentences.append(f"Only {which} finished, so there is nothing to compare.")
+    return sentences
+
+
+def _compared_with(table: Table) -> str:
+    """The baseline of a row, as the words below the main table name it."""
+    return f"`{table.baseline}`" if len(table.baselines) == 1 else "the row named under *against*"
 
 
 def _verdict(compared: Mapping[str, Difference], base: str) -> str:
     resolved = {label: one for label, one in compared.items() if one.resolved}
     unresolved = {label: one for label, one in compared.items() if one.has_interval and not one.resolved}
     single = {label: one for label, one in compared.items() if not one.has_interval}
-    words = f"Differences to `{base}` that are resolved (the 95 % interval leaves zero out): {len(resolved)} of "
+    words = f"Differences to {base} that are resolved (the 95 % interval leaves zero out): {len(resolved)} of "
     words += f"{len(compared)}{': ' if resolved else ''}{_listing(resolved)}."
     if unresolved:
         words += f" Not resolved, the interval contains zero: {_listing(unresolved)}."
@@ -154,32 +171,28 @@ def _listing(compared: Mapping[str, Difference]) -> str:
 
 
 def _main_table(found: Findings) -> str:
-    task = found.table.task
-    head = ["row", f"published {task.label}", "published difference", f"our {task.label}", "n"]
+    table, task = found.table, found.table.task
+    against = ["against"] if len(table.baselines) > 1 else []
+    head = ["row", *against, f"published {task.label}", "published difference", f"our {task.label}", "n"]
     head += ["our difference", "95 % interval", "verdict", "images"]
-    verdicts = {row.label: claim_of(found.table, row.label, found).verdict for row in found.table.rows}
     lines = []
-    for row in found.table.rows:
-        ours = found.values(row.label)
+    for row in table.rows:
+        ours, base = found.values(row.label), table.baseline_of(row.label)
         whole = summarize(list(ours.values())) if ours else None
-        cells = [
-            row.label,
-            figure(row.published.get(task.metric)),
-            signed(found.table.published_difference(row.label)),
-        ]
+        cells = [row.label, *(base or "-" for _ in against), figure(row.published.get(task.metric))]
+        cells.append("baseline" if base is None else signed(table.published_difference(row.label)))
         cells += [with_spread(whole.mean, whole.spread), str(whole.n)] if whole else ["-", "0"]
-        if row.label == found.table.baseline:
-            cells[2] = "baseline"
+        if base is None:
             cells += ["baseline" if whole else "-", "-", "-" if whole else NOT_RUN]
-        elif whole is None or not found.values(found.table.baseline):
-            cells += ["-", "-", verdicts[row.label]]
         else:
-            cells += [*_difference_cells(found.difference(row.label)), verdicts[row.label]]
+            cells += [*_difference_cells(found.difference(row.label)), claim_of(table, row.label, found).verdict]
         lines.append([*cells, number(_images(found, row.label))])
     return grid(head, lines)
 
 
-def _difference_cells(one: Difference) -> list[str]:
+def _difference_cells(one: Difference | None) -> list[str]:
+    if one is None:
+        return ["-", "-"]
     if not one.has_interval:
         return [signed(one.mean), "none (n = 1)"]
     kind = "paired" if one.paired else "unpaired"

@@ -24,7 +24,7 @@ DPI = 90
 def plot_differences(
     found: Mapping[str, Difference], published: Mapping[str, float | None], path: Path, metric: str
 ) -> None:
-    """Draw the difference of each row to the baseline, with its interval, and the published one.
+    """Draw the difference of each row to its baseline, with its interval, and the published one.
 
     Args:
         found: label -> ours, points.

@@ -80,10 +80,10 @@ def write_report(found: Findings, page: Path | None = None) -> list[Path]:
     records = [{**one, **own, "remark": found.plan.remarks.get(one["row"], "")} for one in found.records]
     results.write_results(files[1], records)
     drawn: dict[str, str] = {}
-    if found.others and found.values(found.table.baseline):
+    if compared := found.compared:
         files.append(pictures / f"{stem}-differences.png")
-        published = {label: found.table.published_difference(label) for label in found.others}
-        plot_differences({label: found.difference(label) for label in found.others}, published, files[-1], metric)
+        published = {label: found.table.published_difference(label) for label in compared}
+        plot_differences(compared, published, files[-1], metric)
         drawn["Differences to the baseline"] = f"{PICTURES}/{files[-1].name}"
     if plot_curves(found.records, found.labels, pictures / f"{stem}-curves.png", metric):
         files.append(pictures / f"{stem}-curves.png")

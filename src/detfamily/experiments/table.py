@@ -16,7 +16,7 @@ from detfamily.experiments.task import DETECTION, TASKS, Task
 SWEEPS = "sweeps"
 _COSTS = ("params_m", "gflops")
 _TABLE_KEYS = ("title", "claim", "source", "base", "baseline", "rows", "not_expressed", "task", "tradeoff")
-_ROW_KEYS = ("label", "overrides", "published", "difference", "weights_of", "note")
+_ROW_KEYS = ("label", "overrides", "published", "difference", "against", "weights_of", "note")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Row:
         overrides: on top of the table's base.
         published: figures that the source prints, metrics in per cent.
         difference: to the baseline, in per cent, where the source prints only that.
+        against: label of the row that it is compared with; None: the table's baseline.
         weights_of: label of the row whose weights are evaluated with these overrides; None for a row that is trained.
         note: a remark.
     """
@@ -36,6 +37,7 @@ class Row:
     overrides: tuple[str, ...]
     published: Mapping[str, float] = field(default_factory=dict)
     difference: Mapping[str, float] = field(default_factory=dict)
+    against: str | None = None
     weights_of: str | None = None
     note: str | None = None
 
@@ -65,7 +67,7 @@ class Table:
         claim: what the source found.
         source: where.
         base: a choice of configs/experiment, the same for all rows.
-        baseline: label of the row that the others are compared with.
+        baseline: label of the row that those are compared with which name no other.
         rows: in the order of the file.
         task: what they train.
         tradeoff: whether rows differ in what they take as much as in what they reach, so that the report draws both.
@@ -103,20 +105,36 @@ class Table:
                 return row
         raise ConfigError(f"{self.path} has no row {label!r}: {nearest(label, self.labels)}")
 
+    @property
+    def baselines(self) -> list[str]:
+        """Labels of the rows that others are compared with; they themselves are compared with none."""
+        named = {self.baseline, *(row.against for row in self.rows)}
+        return [label for label in self.labels if label in named]
+
+    def baseline_of(self, label: str) -> str | None:
+        """The label that a row is compared with; None for a baseline."""
+        return None if label in self.baselines else self.row(label).against or self.baseline
+
     def published_difference(self, label: str, metric: str | None = None) -> float | None:
-        """What the source says a row differs from the baseline by, per cent; None where it does not say."""
-        row, base, metric = self.row(label), self.row(self.baseline), metric or self.task.metric
+        """What the source says a row differs from its baseline by, per cent; None where it does not say."""
+        base, row, metric = self.baseline_of(label), self.row(label), metric or self.task.metric
+        if base is None:
+            return None
         if metric in row.difference:
             return float(row.difference[metric])
-        if metric in row.published and metric in base.published:
-            return float(row.published[metric]) - float(base.published[metric])
+        published = self.row(base).published
+        if metric in row.published and metric in published:
+            return float(row.published[metric]) - float(published[metric])
         return None
 
     def published_order(self) -> dict[str, float]:
-        """What the source puts the rows in order by: differences to the baseline, or else figures; others left out."""
+        """What the source puts the rows in order by: differences to the baseline, or else figures; others left out.
+
+        With several baselines it is figures, as differences to one say nothing about those to another.
+        """
         metric = self.task.metric
         apart = {one: self.published_difference(one) for one in self.labels if one != self.baseline}
-        if all(one is None for one in apart.values()):
+        if len(self.baselines) > 1 or all(one is None for one in apart.values()):
             return {row.label: float(row.published[metric]) for row in self.rows if metric in row.published}
         levels = {one: 0.0 if one == self.baseline else apart[one] for one in self.labels}
         # Rounded, so that rows with the same figure stay equal.
@@ -204,7 +222,7 @@ def _row(path: Path, index: int, given: Any, task: Task) -> Row:
     fine = isinstance(overrides, list) and all(isinstance(one, str) for one in overrides)
     _check(fine, path, f"{where}.overrides", "a list of overrides such as [decoder=refine]", overrides)
     _check_figures(path, where, given, task)
-    for key in ("weights_of", "note"):
+    for key in ("against", "weights_of", "note"):
         _check(given.get(key) is None or isinstance(given[key], str), path, f"{where}.{key}", "a text", given.get(key))
     if given.get("weights_of") is not None and task is not DETECTION:
         raise ConfigError(f"{path}: {where}.weights_of: only detectors can be evaluated in other ways than trained")
@@ -236,13 +254,18 @@ def _not_expressed(path: Path, given: Any, task: Task) -> tuple[NotExpressed, ..
 
 
 def _check_labels(table: Table) -> None:
-    """Labels are unique, and each that is named exists; weights come from rows that are trained."""
+    """Labels are unique, each that is named exists; baselines have none; weights come from rows that are trained."""
     path, labels = table.path, table.labels
     for label in labels:
         if labels.count(label) > 1:
             raise ConfigError(f"{path}: rows: the label {label!r} stands for {labels.count(label)} rows")
     if table.baseline not in labels:
         raise ConfigError(f"{path}: baseline: there is no row {table.baseline!r}: {nearest(table.baseline, labels)}")
+    for row in table.rows:
+        if row.against is not None and row.against not in labels:
+            raise ConfigError(f"{path}: {row.label}.against: no row {row.against!r}: {nearest(row.against, labels)}")
+        if row.against is not None and row.label in table.baselines:
+            raise ConfigError(f"{path}: {row.label}.against: it is a baseline itself, so it is compared with no row")
     trained = [row.label for row in table.rows if row.weights_of is None]
     for row in table.rows:
         if row.weights_of is not None and row.weights_of not in trained:
