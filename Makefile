@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 	$(BIN)/detfamily train experiment=demo
 
 test: lint
-	$(BIN)/python -m pytest -q -n auto -m "not slow"
+	$(BIN)/python -m pytest -q -n auto --dist loadgroup -m "not slow"
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slow

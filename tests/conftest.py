@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 # Tests run side by side, each on one thread: several threads each would fight for the cores. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,6 +11,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from pathlib import Path
 
 import pytest
+
+SHARED = {"test_ablations.py": "file", "test_recipes.py": "name"}
+"""Files whose tests with the same value of a parameter share what is slow to make, within a process."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Send such tests to one process (``--dist loadgroup``), so that no other composes and builds the same again."""
+    for item in items:
+        values = getattr(item, "callspec", None) and item.callspec.params
+        if values and (value := values.get(SHARED.get(item.path.name, ""))):
+            # recipes that differ in their number of epochs have the same model
+            item.add_marker(pytest.mark.xdist_group(re.sub(r"_\d+ep$", "", str(value))))
 
 
 @pytest.fixture(scope="session")
