@@ -8,12 +8,16 @@ import math
 import pytest
 from PIL import Image
 
+from detfamily.build import build_detector
+from detfamily.config import compose
+from detfamily.data.shapes import CLASSES
 from detfamily.errors import ConfigError, DataError
 from detfamily.experiments.findings import frontier, read_findings
 from detfamily.experiments.page import markdown, reading
 from detfamily.experiments.plots import mean_curve
 from detfamily.experiments.report import report
 from detfamily.experiments.results import Plan, read_results, values, write_results
+from detfamily.experiments.sizes import with_parameters
 
 CONFIGS = {"plain": "c0", "refined, well": "c1", "no NMS": "c2"}
 AP = {"plain": (0.30, 0.32, 0.31), "refined, well": (0.33, 0.36, 0.36), "no NMS": (0.305, 0.31, 0.315)}
@@ -150,7 +154,7 @@ def test_each_row_is_compared_with_its_own_baseline(groups):
     assert row_of(page, "b")[6] == "+4.0"
     assert "Of 2 published differences to the 2 baselines: 1 resolved with the published sign" in page
     costs = page[page.index("## What a row costs") :]
-    assert row_of(costs, "b, longer")[5] == "1.33" and row_of(costs, "a, longer")[5] == "1.00"
+    assert row_of(costs, "b, longer")[6] == "1.33" and row_of(costs, "a, longer")[6] == "1.00"
 
 
 def test_a_baseline_that_is_missing_is_named_and_the_others_serve(groups):
@@ -163,6 +167,30 @@ def test_a_baseline_that_is_missing_is_named_and_the_others_serve(groups):
     assert reading(read_findings([str(table)])) == [
         "Only baselines, `a`, `a, longer`, have finished, so there is nothing to compare."
     ]
+
+
+def test_parameters_are_counted_from_the_overrides(records):
+    words = ["experiment=deformable_detr_r50", "+scale=mini"]
+    narrow = [*words, "model.embed_dim=32"]
+    gone = [*words, "model.embed_dims=32"]
+    first, second, third, kept = with_parameters(
+        [
+            {**records[0], "overrides": words},
+            {**records[0], "overrides": narrow},
+            {**records[0], "overrides": gone},
+            {**records[0], "overrides": words, "params_m": 7.5},
+        ]
+    )
+    cfg = compose("train", words)
+    detector = build_detector(cfg, len(CLASSES), pretrained=False)
+    count = sum(one.numel() for one in detector.parameters() if one.requires_grad)
+    assert first["params_m"] == pytest.approx(count / 1e6, abs=1e-4) and 0 < second["params_m"] < first["params_m"]
+    assert third["params_m"] is None and kept["params_m"] == 7.5
+
+
+def test_parameters_stand_among_the_costs(put, records):
+    page = markdown(put([{**one, "params_m": 0.3456} for one in records]), {})
+    assert row_of(page[page.index("## What a row costs") :], "plain")[2] == "0.346"
 
 
 def test_all_files_are_written_small_and_the_same_again(put, records, table, capsys):
@@ -255,7 +283,7 @@ def test_what_a_row_costs_and_which_rows_no_other_beats(put, records, table, wri
     page = markdown(found, {})
     costs_of = page[page.index("## What a row costs") : page.index("## What was run")]
     # Three runs of 200 seconds, as long as the baseline's.
-    cells = ["refined, well", "35.0 ± 1.7", "82.0", "0.50", "3.3", "1.00", "0.17 CPU-h", "yes"]
+    cells = ["refined, well", "35.0 ± 1.7", "-", "82.0", "0.50", "3.3", "1.00", "0.17 CPU-h", "yes"]
     assert row_of(costs_of, "refined, well") == cells
     assert "All 9 runs together: 0.50 CPU-h" in costs_of
     assert row_of(costs_of, "no NMS")[-1] == "no"

@@ -28,6 +28,7 @@ class Cost:
         images_per_second: in training, of the fastest run: other work on the machine only slows a run down.
         memory_gib: peak, median; None where it was not measured.
         seconds: of the shortest run.
+        params_m: millions of parameters that are trained; None where they were not counted.
         relative: the seconds as a multiple of its baseline's; None where either is not known.
         spent: hours of all of the row's runs, by what they ran on.
     """
@@ -37,6 +38,7 @@ class Cost:
     images_per_second: float
     memory_gib: float | None
     seconds: float | None
+    params_m: float | None = None
     relative: float | None = None
     spent: Mapping[str, float] = field(default_factory=dict)
 
@@ -93,7 +95,8 @@ class Findings:
                 memory = self.over_runs(statistics.median, label, "memory_gib")
                 seconds = self.over_runs(min, label, "seconds")
                 relative = seconds / base if seconds is not None and base else None
-                found[label] = Cost(whole.mean, whole.spread, speed, memory, seconds, relative, self.spent(label))
+                size, spent = self.over_runs(max, label, "params_m"), self.spent(label)
+                found[label] = Cost(whole.mean, whole.spread, speed, memory, seconds, size, relative, spent)
         return found
 
     def spent(self, label: str | None = None) -> dict[str, float]:

@@ -225,6 +225,7 @@ def _cost_parts(found: Findings) -> list[str]:
         [
             label,
             with_spread(one.reached, one.spread),
+            "-" if one.params_m is None else f"{one.params_m:.3g}",
             f"{one.images_per_second:.1f}",
             "-" if one.memory_gib is None else f"{one.memory_gib:.2f}",
             "-" if one.seconds is None else f"{one.seconds / 60:.1f}",
@@ -237,6 +238,7 @@ def _cost_parts(found: Findings) -> list[str]:
     head = [
         "row",
         f"our {found.table.task.label}",
+        "parameters, M",
         "images/s in training",
         "peak memory, GiB",
         "minutes",
@@ -245,10 +247,11 @@ def _cost_parts(found: Findings) -> list[str]:
         "on the frontier",
     ]
     words = (
-        f"Speed and minutes are those of a row's fastest run, since other work on the machine only slows a run down; "
-        f"memory is the median. On the frontier: no other row has both a higher {found.table.task.label} and a higher "
-        "speed. The multiple of the baseline's time compares two such runs, so where the machine was busy it tells of "
-        f"that, too. All {len(found.records)} runs together: {hours(found.spent())}; {SPENT}."
+        "Parameters are those that are trained, in millions. Speed and minutes are those of a row's fastest run, since "
+        "other work on the machine only slows a run down; memory is the median. On the frontier: no other row has both "
+        f"a higher {found.table.task.label} and a higher speed. The multiple of the baseline's time compares two such "
+        f"runs, so where the machine was busy it tells of that, too. All {len(found.records)} runs together: "
+        f"{hours(found.spent())}; {SPENT}."
     )
     return ["## What a row costs", grid(head, lines), words]
 

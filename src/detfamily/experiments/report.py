@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from detfamily.experiments import results
@@ -11,6 +12,7 @@ from detfamily.experiments.overview import PAGE, drawn, overview, read_tables
 from detfamily.experiments.page import markdown
 from detfamily.experiments.plots import plot_curves, plot_differences, plot_overview, plot_tradeoff
 from detfamily.experiments.results import PLAN
+from detfamily.experiments.sizes import with_parameters
 from detfamily.experiments.table import table_files
 from detfamily.files import write_text_atomically
 
@@ -76,6 +78,7 @@ def write_report(found: Findings, page: Path | None = None) -> list[Path]:
     stem, metric = page.stem, found.table.task.label
     pictures = page.parent / PICTURES
     files = [page, page.with_suffix(".jsonl")]
+    found = replace(found, records=tuple(with_parameters(found.records)))
     own = {"further": list(found.plan.further)}
     records = [{**one, **own, "remark": found.plan.remarks.get(one["row"], "")} for one in found.records]
     results.write_results(files[1], records)
