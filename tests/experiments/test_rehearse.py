@@ -113,6 +113,14 @@ def test_what_is_typed_wrongly_is_named(words: list[str], message: str, monkeypa
         read_request(words)
 
 
+def test_every_override_reaches_the_rows() -> None:
+    """Also one that takes a field away."""
+    words = ["experiments/dino/scales.yaml", "~backbone.width", "+data.x=1", "jobs=3"]
+    tables, scale, rows, jobs, further = read_request([str(EXPERIMENTS.parent / words[0]), *words[1:]])
+    assert [table.name for table in tables] == ["dino/scales"]
+    assert (scale, rows, jobs, further) == ("mini", None, 3, words[1:3])
+
+
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is none"):
         read_tables(tmp_path)

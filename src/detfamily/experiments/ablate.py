@@ -23,6 +23,7 @@ from detfamily.experiments.screen import Screen
 from detfamily.experiments.statistics import summarize
 from detfamily.experiments.table import Table, read_table
 from detfamily.experiments.version import Code, code_version
+from detfamily.experiments.words import RUNS_AT_ONCE, positive, read_words
 
 USAGE = (
     "detfamily ablate TABLE.yaml scale=mini seeds=3 [rows=LABEL,...] [jobs=1] [launcher=local|slurm|ray] "
@@ -171,17 +172,12 @@ def read_request(words: Sequence[str]) -> Request:
     Raises:
         ConfigError: with what was expected.
     """
-    files = [word for word in words if "=" not in word and not word.startswith("~")]
-    if len(files) != 1:
-        given = f"{len(files)} are given: {', '.join(files)}" if files else "none is given"
-        raise ConfigError(f"expected one table, and {given}\nusage: {USAGE}")
-    own = {key: value for key, _, value in (word.partition("=") for word in words) if key in _WORDS}
-    special = {key: value for key, _, value in (word.partition("=") for word in words if is_option(word))}
-    further = tuple(word for word in words if word.partition("=")[0] not in (*_WORDS, *special) and word not in files)
+    typed = read_words(words, _WORDS, is_option)
+    file, own, further = typed.one_file("one table", USAGE), typed.settings, typed.overrides
     for word in further:
         if word.partition("=")[0].lstrip("+~") in _RUNS_OWN:
             raise ConfigError(f"{word!r} is what each run has of its own; seeds=3 or seeds=[0,1,2] sets the seeds")
-    table = read_table(files[0])
+    table = read_table(file)
     scale = own.get("scale", "")
     known = scales(table.task)
     if scale not in known:
@@ -189,8 +185,8 @@ def read_request(words: Sequence[str]) -> Request:
     folder = Path(own["output_dir"]).expanduser() if own.get("output_dir") else results.home(table.name, scale)
     rows = read_rows_wanted(own["rows"], table) if own.get("rows") else tuple(table.labels)
     launcher = own.get("launcher", "local")
-    options = read_options(launcher, special)
-    jobs = read_jobs(own) if "jobs" in own else default_jobs(launcher)
+    options = read_options(launcher, {key: value for key, value in own.items() if key not in _WORDS})
+    jobs = positive("jobs", own["jobs"], RUNS_AT_ONCE) if "jobs" in own else default_jobs(launcher)
     return Request(table, scale, read_seeds(own.get("seeds", "1")), rows, jobs, folder, further, options)
 
 
@@ -202,14 +198,6 @@ def read_seeds(text: str) -> tuple[int, ...]:
     if isinstance(given, list) and given and all(type(one) is int and one >= 0 for one in given):
         return tuple(dict.fromkeys(given))
     raise ConfigError(f"seeds={text}: expected how many (seeds=3), or which (seeds=[0,1,2])")
-
-
-def read_jobs(own: Mapping[str, str]) -> int:
-    """Runs at once."""
-    text = own["jobs"]
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"jobs={text}: expected how many runs at once, 1 or more")
-    return int(text)
 
 
 def read_rows_wanted(text: str, table: Table) -> tuple[str, ...]:

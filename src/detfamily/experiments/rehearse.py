@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from detfamily.errors import ConfigError, DetfamilyError, nearest
-from detfamily.experiments.ablate import read_jobs, read_rows_wanted
+from detfamily.experiments.ablate import read_rows_wanted
 from detfamily.experiments.scale import Variant, scales, variants
 from detfamily.experiments.table import Table, read_table, table_files
+from detfamily.experiments.words import RUNS_AT_ONCE, positive, read_words
 from detfamily.files import read_json
 from detfamily.matrix.cell import FAILED, OK, Outcome
 from detfamily.matrix.workers import examine_all
@@ -128,20 +129,20 @@ def read_request(words: Sequence[str]) -> tuple[list[Table], str, str | None, in
     Raises:
         ConfigError: with what was expected.
     """
-    paths = [word for word in words if "=" not in word and not word.startswith("~")] or ["experiments"]
-    own = {key: value for key, _, value in (word.partition("=") for word in words) if key in _WORDS}
-    further = [word for word in words if "=" in word and word.partition("=")[0] not in _WORDS]
-    for word in further:
+    typed = read_words(words, _WORDS)
+    own = typed.settings
+    for word in typed.overrides:
         if word.partition("=")[0].lstrip("+~") in _OWN:
             raise ConfigError(f"{word!r} is what a rehearsal has of its own\nusage: {USAGE}")
-    tables = [table for path in paths for table in read_tables(Path(path))]
+    tables = [table for path in typed.files or ("experiments",) for table in read_tables(Path(path))]
     scale = own.get("scale", "mini")
     for table in tables:
         if scale not in (known := scales(table.task)):
             raise ConfigError(f"scale={scale}: {nearest(scale, known)}, for {table.name}\nusage: {USAGE}")
     if own.get("rows") and len(tables) != 1:
         raise ConfigError(f"rows={own['rows']} are those of one table, and {len(tables)} are given")
-    return tables, scale, own.get("rows"), read_jobs({"jobs": "1", **own}), further
+    jobs = positive("jobs", own.get("jobs", "1"), RUNS_AT_ONCE)
+    return tables, scale, own.get("rows"), jobs, list(typed.overrides)
 
 
 def read_tables(path: Path) -> list[Table]:

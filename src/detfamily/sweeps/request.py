@@ -14,6 +14,7 @@ from detfamily.errors import ConfigError, nearest
 from detfamily.experiments.results import slug
 from detfamily.experiments.scale import Variant, identity, variants
 from detfamily.experiments.table import Row, Table
+from detfamily.experiments.words import RUNS_AT_ONCE, positive, read_words
 from detfamily.sweeps.distribution import Point, override_words
 from detfamily.sweeps.sweep import Sweep, check_free, read_sweep
 from detfamily.sweeps.trial import label
@@ -55,28 +56,18 @@ def read_request(words: Sequence[str]) -> Request:
     Raises:
         ConfigError: with what was expected.
     """
-    files = [word for word in words if "=" not in word and not word.startswith("~")]
-    if len(files) != 1:
-        given = f"{len(files)} are given: {', '.join(files)}" if files else "none is given"
-        raise ConfigError(f"expected the file of one sweep, and {given}\nusage: {USAGE}")
-    own = {key: value for key, _, value in (word.partition("=") for word in words) if key in _WORDS}
-    further = tuple(word for word in words if word.partition("=")[0] not in _WORDS and word not in files)
+    typed = read_words(words, _WORDS)
+    file, own, further = typed.one_file("the file of one sweep", USAGE), typed.settings, typed.overrides
     method = own.get("method", OPTUNA)
     if method not in METHODS:
         raise ConfigError(f"method={method}: {nearest(method, METHODS)}\nusage: {USAGE}")
-    sweep = read_sweep(files[0])
+    sweep = read_sweep(file)
     for word, where in (*((one, str(sweep.path)) for one in sweep.overrides), *((one, "typed") for one in further)):
         check_free(word, where, sweep.parameters)
-    trials = _count("trials", own["trials"]) if "trials" in own else None
+    trials = positive("trials", own["trials"]) if "trials" in own else None
     name = slug(sweep.name) if method == OPTUNA else f"{slug(sweep.name)}-{method}"
     folder = Path(own["output_dir"]).expanduser() if own.get("output_dir") else HOME / name
-    return Request(sweep, method, trials, _count("jobs", own.get("jobs", "1")), folder, further)
-
-
-def _count(word: str, text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"{word}={text}: expected a whole number, 1 or more")
-    return int(text)
+    return Request(sweep, method, trials, positive("jobs", own.get("jobs", "1"), RUNS_AT_ONCE), folder, further)
 
 
 class Recipe:
