@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-SHARED = {"test_ablations.py": "file", "test_recipes.py": "name"}
+SHARED = {"tests/test_ablations.py": "file", "tests/test_recipes.py": "name", "tests/info/test_table.py": "name"}
 """Files whose tests with the same value of a parameter share what is slow to make, within a process."""
 
 
@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Send such tests to one process (``--dist loadgroup``), so that no other composes and builds the same again."""
     for item in items:
         values = getattr(item, "callspec", None) and item.callspec.params
-        if values and (value := values.get(SHARED.get(item.path.name, ""))):
+        if values and (value := values.get(SHARED.get(item.nodeid.partition("::")[0], ""))):
             # recipes that differ in their number of epochs have the same model
             item.add_marker(pytest.mark.xdist_group(re.sub(r"_\d+ep$", "", str(value))))
 

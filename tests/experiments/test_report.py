@@ -116,7 +116,8 @@ def test_missing_and_failed_runs_are_named(put, records):
 def test_without_a_baseline_nothing_is_compared(put, records):
     found = put([one for one in records if one["row"] != "plain"])
     assert reading(found) == ["The baseline `plain` has no finished run, so there is nothing to compare with."]
-    assert row_of(markdown(found, {}), "plain")[3] == "-"
+    page = markdown(found, {})
+    assert row_of(page, "plain")[3] == "-" and "\n- not run: `plain`\n" in page
 
 
 @pytest.fixture

@@ -284,8 +284,10 @@ def _run_table(found: Findings) -> str:
 
 def _troubles(found: Findings) -> list[str]:
     """What is not there, by name."""
-    lines = []
-    for label in found.table.labels:
+    begun = {one["row"] for one in found.records}
+    never = [label for label in found.table.labels if label not in begun]
+    lines = [f"- not run: {names(never)}"] * bool(never)
+    for label in (one for one in found.table.labels if one in begun):
         there = {one["seed"]: one for one in found.records if one["row"] == label}
         absent = [str(seed) for seed in found.plan.seeds if seed not in there]
         if absent:
