@@ -112,6 +112,12 @@ def test_a_report_renews_the_overview_where_there_is_one(folder, capsys, monkeyp
     assert cells(files[0].read_text(), "paper_a/first")[3] == "4 of 4"
 
 
+def test_a_table_with_a_setting_is_that_table(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    report(["experiments/paper_a/first.yaml", "scale=mini"])
+    assert "experiments/paper_a/first.md" in capsys.readouterr().out.split()
+
+
 def test_only_what_has_both_is_drawn(folder):
     found = drawn(read_tables(folder))
     assert {name: [one.label for one in given] for name, given in found.items()} == {"paper_a/first": ["up", "down"]}

@@ -33,9 +33,8 @@ def report(words: Sequence[str]) -> None:
     Raises:
         ConfigError, DataError: there is no such table, scale or result.
     """
-    folder = Path(words[0]) if len(words) == 1 else EXPERIMENTS
-    if not words or (folder.is_dir() and not (folder / PLAN).is_file() and table_files(folder)):
-        files = write_overview(folder)
+    if not words or (len(words) == 1 and _is_of_tables(Path(words[0]))):
+        files = write_overview(Path(words[0]) if words else EXPERIMENTS)
     else:
         found = read_findings(words)
         files = write_report(found)
@@ -44,6 +43,11 @@ def report(words: Sequence[str]) -> None:
             files += write_overview(above)
     for file in files:
         print(file)
+
+
+def _is_of_tables(folder: Path) -> bool:
+    """Whether it is a folder of tables, and none of runs."""
+    return folder.is_dir() and not (folder / PLAN).is_file() and bool(table_files(folder))
 
 
 def write_overview(folder: Path) -> list[Path]:
