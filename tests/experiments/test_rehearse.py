@@ -10,7 +10,16 @@ import yaml
 
 from detfamily.errors import ConfigError
 from detfamily.experiments import rehearse as module
-from detfamily.experiments.rehearse import Rehearsal, Rehearsed, go, perform_row, plan, read_request, read_tables
+from detfamily.experiments.rehearse import (
+    IMAGES,
+    Rehearsal,
+    Rehearsed,
+    go,
+    perform_row,
+    plan,
+    read_request,
+    read_tables,
+)
 from detfamily.matrix.cell import FAILED, OK, Outcome
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
@@ -58,7 +67,14 @@ def test_a_row_has_the_overrides_of_its_run_and_the_length_of_a_rehearsal(tmp_pa
     (one,) = planned("detr/encoder_depth", "12 layers")
     words = one.words(tmp_path)
     assert words[: len(one.overrides)] == list(one.overrides) and "encoder.num_layers=12" in words
-    assert "schedule.epochs=1" in words[len(one.overrides) :] and f"schedule.images_per_epoch={one.batch}" in words
+    assert {"schedule.epochs=1", f"schedule.images_per_epoch={IMAGES}"} <= set(words[len(one.overrides) :])
+
+
+@pytest.mark.parametrize(("each", "batch"), [("null", IMAGES), ("1", 1), ("4", IMAGES)])
+def test_images_are_computed_at_once_or_one_by_one_as_in_the_run(each: str, batch: int) -> None:
+    further = [*TINY, f"runtime.batch_size_per_device={each}"]
+    (one,) = plan(read_tables(EXPERIMENTS / "dino/scales.yaml"), "mini", '["4 levels, 12 epochs"]', further)
+    assert one.batch == batch
 
 
 def test_all_tables_are_found_in_their_folder() -> None:

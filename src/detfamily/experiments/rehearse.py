@@ -1,7 +1,7 @@
 """``detfamily rehearse``: one step and one small evaluation of every row, before days are spent on it.
 
 Each row goes the way of a real run, from the same overrides that ``detfamily ablate`` gives it: data, augmentation, a
-step of training, evaluation, checkpoint. Only its length is not its own.
+step of training, evaluation, checkpoint. Only its length and the number of images of a step are not its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from detfamily.errors import ConfigError, DetfamilyError, nearest
-from detfamily.experiments.ablate import read_rows_wanted
+from detfamily.experiments.ablate import read_rows_wanted, say
 from detfamily.experiments.scale import Variant, scales, variants
 from detfamily.experiments.table import Table, read_table, table_files
 from detfamily.experiments.words import RUNS_AT_ONCE, positive, read_words
@@ -27,8 +27,12 @@ from detfamily.matrix.workers import examine_all
 
 USAGE = "detfamily rehearse [TABLE.yaml|FOLDER ...] [scale=mini] [rows=LABEL,...] [jobs=1] [overrides]"
 _WORDS = ("scale", "rows", "jobs")
-_OWN = ("seed", "output_dir", "resume", "schedule.epochs", "schedule.images_per_epoch", "data.limit_val")
-IMAGES = 8  # that are evaluated
+_OWN = (
+    *("seed", "output_dir", "resume", "schedule.epochs", "schedule.images_per_epoch", "schedule.total_batch_size"),
+    *("runtime.batch_size_per_device", "data.limit_val"),
+)
+IMAGES = 2
+"""Of the step, and as many that are evaluated: with all images of a real step, large ones take 20 GiB and more."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Rehearsal:
         names: ``paper/table: row`` of all rows that are this very run.
         command: of detfamily.
         overrides: of its training.
-        batch: images of the step.
+        batch: images that are computed at once.
         evaluation: overrides of ``detfamily evaluate``, for a row that is evaluated with another one's weights.
     """
 
@@ -51,8 +55,9 @@ class Rehearsal:
 
     def words(self, folder: Path) -> list[str]:
         """What is typed after the command."""
-        length = ["schedule.epochs=1", f"schedule.images_per_epoch={self.batch}", f"data.limit_val={IMAGES}"]
-        return [*self.overrides, *length, "runtime.num_workers=0", f"output_dir={folder}"]
+        step = [f"schedule.total_batch_size={IMAGES}", f"runtime.batch_size_per_device={self.batch}"]
+        length = ["schedule.epochs=1", f"schedule.images_per_epoch={IMAGES}", f"data.limit_val={IMAGES}"]
+        return [*self.overrides, *step, *length, "runtime.num_workers=0", f"output_dir={folder}"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def rehearse(words: Sequence[str]) -> None:
     """
     tables, scale, rows, jobs, further = read_request(words)
     planned = plan(tables, scale, rows, further)
-    if go(planned, jobs):
+    if go(planned, jobs, say=say):
         raise SystemExit(1)
 
 
@@ -185,7 +190,7 @@ def plan(tables: Iterable[Table], scale: str, rows: str | None = None, further: 
 
 
 def _rehearsal(names: tuple[str, ...], trained: Variant, row: Variant) -> Rehearsal:
-    batch = int(trained.config["schedule"]["total_batch_size"])
+    batch = min(trained.config["runtime"]["batch_size_per_device"] or IMAGES, IMAGES)
     evaluation = row.overrides if row.row.weights_of else None
     return Rehearsal(names, row.task.command, trained.overrides, batch, evaluation)
 
