@@ -8,6 +8,8 @@ import re
 # Tests run side by side, each on one thread: several threads each would fight for the cores. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,11 @@ def goldens() -> Path:
     if not beside.is_dir():
         pytest.skip("no golden cases: set DETFAMILY_GOLDENS, or put them at ../shared/goldens")
     return beside
+
+
+@pytest.fixture
+def listening() -> Iterator[None]:
+    """Ctrl-C is heard, also where the tests were started in the background, with word to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -18,14 +18,6 @@ def test_the_first_signal_is_a_wish(number):
         assert interruption.wanted and interruption.exit_code == 128 + number
 
 
-@pytest.fixture
-def listening():
-    """A process that was started in the background may have been told to ignore Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_the_second_ctrl_c_acts_at_once(listening):
     with Interruption(grace=0) as interruption, pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)

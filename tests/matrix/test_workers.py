@@ -40,6 +40,7 @@ def test_a_process_that_is_killed_costs_its_cell_alone(stand_ins: ModuleType) ->
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.usefixtures("listening")
 def test_no_process_outlives_ctrl_c(stand_ins: ModuleType) -> None:
     with pytest.raises(KeyboardInterrupt):
         examine_all(CELLS, 2, lambda cell, outcome: None, stand_ins.interrupting)
