@@ -88,10 +88,11 @@ def test_a_table_is_well_formed(file):
     one = table(file)
     assert one.task is CLASSIFICATION
     recipe = compose("classify", [f"experiment={one.base}", "data.root=."])
-    baseline = one.row(one.baseline)
+    # Where there are several baselines, the recipe may be none of them.
+    (published,) = [row for row in one.rows if not row.overrides]
     known = {entry["top1"] for entry in to_container(recipe)["published"]}
-    assert not baseline.overrides
-    assert any(abs(baseline.published["top1"] - figure) < 0.05 for figure in known)
+    assert published.label == one.baseline or len(one.baselines) > 1
+    assert any(abs(published.published["top1"] - figure) < 0.05 for figure in known)
     assert all(row.published or row.note for row in one.rows)
 
 
