@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -295,12 +294,13 @@ def test_a_row_fits_on_the_miniature(file, row):
     if variant.row.weights_of is None:
         cfg = compose("train", variant.overrides)
         assert identity(cfg) == variant.identity
-        if zlib.crc32(row["label"].encode()) % SAMPLED_ON_MINI == 0:
+        if variant.identity not in STEPPED_ON_MINI:
             check(cfg)
+            STEPPED_ON_MINI.add(variant.identity)
 
 
-SAMPLED_ON_MINI = 4
-"""One row in so many is stepped on the miniature here; ``detfamily rehearse`` steps them all."""
+STEPPED_ON_MINI: set[str] = set()
+"""Tables that differ in their backbone are the same on the miniature, which has one of its own."""
 
 
 @pytest.mark.parametrize("file", TABLES, ids=lambda file: f"{file.parent.name}/{file.stem}")

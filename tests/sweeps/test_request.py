@@ -26,7 +26,7 @@ def test_words_are_understood(write_sweep):
         (["", "other.yaml"], "2 are given"),
         (["", "method=grit"], "method=grit: did you mean 'grid'"),
         (["", "trials=0"], "trials=0: expected a whole number"),
-        (["", "jobs=many"], "jobs=many: expected how many runs at once"),
+        (["", "jobs=many"], "jobs=many: expected a whole number"),
         (["", "optimizer.lr=0.1"], "'optimizer.lr=0.1': optimizer.lr is one of the sweep's parameters"),
         (["", "resume=auto"], "each trial has its own"),
         (["", "experiment=detr_r50"], "base: in the sweep's file names the recipe"),

@@ -66,9 +66,11 @@ def _setting(found: Findings) -> str:
 
 def reading(found: Findings) -> list[str]:
     """What can be told from these runs, and what cannot, in sentences."""
-    compared = found.compared
-    told = [_verdict(compared, baseline_words(found.table)), *_order(found), *_sizes(found), *_precision(compared)]
-    return [*_absent(found), *(told if compared else []), *(_cautions(found) if compared else [])]
+    absent, compared = _absent(found), found.compared
+    if not compared:
+        return absent
+    verdict = _verdict(compared, baseline_words(found.table))
+    return [*absent, verdict, *_order(found), *_sizes(found), *_precision(compared), *_cautions(found)]
 
 
 def _absent(found: Findings) -> list[str]:
@@ -177,15 +179,15 @@ def _main_table(found: Findings) -> str:
     head += ["our difference", "95 % interval", "verdict", "images"]
     lines = []
     for row in table.rows:
-        ours, base = found.values(row.label), table.baseline_of(row.label)
+        ours, base, claim = found.values(row.label), table.baseline_of(row.label), claim_of(table, row.label, found)
         whole = summarize(list(ours.values())) if ours else None
         cells = [row.label, *(base or "-" for _ in against), figure(row.published.get(task.metric))]
-        cells.append("baseline" if base is None else signed(table.published_difference(row.label)))
+        cells.append("baseline" if base is None else signed(claim.published))
         cells += [with_spread(whole.mean, whole.spread), str(whole.n)] if whole else ["-", "0"]
         if base is None:
             cells += ["baseline" if whole else "-", "-", "-" if whole else NOT_RUN]
         else:
-            cells += [*_difference_cells(found.difference(row.label)), claim_of(table, row.label, found).verdict]
+            cells += [*_difference_cells(claim.ours), claim.verdict]
         lines.append([*cells, number(_images(found, row.label))])
     return grid(head, lines)
 

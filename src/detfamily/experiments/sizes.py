@@ -9,8 +9,6 @@ from detfamily.config import compose
 from detfamily.errors import ConfigError
 from detfamily.experiments.results import Record, task_of
 from detfamily.experiments.task import DETECTION
-from detfamily.info.classes import columns_of
-from detfamily.info.cost import count_parameters, shapes_only
 
 PARAMS = "params_m"
 
@@ -30,6 +28,10 @@ def _parameters(record: Record) -> float | None:
 
 @functools.lru_cache(maxsize=256)
 def _count(overrides: tuple[str, ...]) -> float | None:
+    # Here, so that reports of runs whose figures are known do not wait for torch.
+    from detfamily.info.classes import columns_of
+    from detfamily.info.cost import count_parameters, shapes_only
+
     try:
         cfg = compose("train", ["data.root=.", *overrides])
         cfg.published = []  # Columns are those of the run's own data, not of the recipe's published model.

@@ -51,15 +51,16 @@ def read_words(
         settings: names of the command's own.
         is_setting: says it of a word that has no name among them.
     """
-    files = tuple(word for word in words if "=" not in word and not word.startswith("~"))
-    own, overrides = {}, []
-    for word in (word for word in words if word not in files):
-        key, _, value = word.partition("=")
-        if key in settings or is_setting(word):
+    files, own, overrides = [], {}, []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals and not word.startswith("~"):
+            files.append(word)
+        elif key in settings or is_setting(word):
             own[key] = value
         else:
             overrides.append(word)
-    return Words(files, own, tuple(overrides))
+    return Words(tuple(files), own, tuple(overrides))
 
 
 def positive(word: str, text: str, what: str = "a whole number") -> int:

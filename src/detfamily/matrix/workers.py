@@ -5,14 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
 import torch
 
+from detfamily.engine.interrupt import signals_later
 from detfamily.matrix.cell import FAILED, Outcome
 
 T = TypeVar("T")
@@ -91,24 +90,9 @@ def examine_all(
                     workers.remove(one)
                 ended(cell, outcome)
     finally:
-        with _deaf():  # a second Ctrl-C must not leave a process behind, for which Python would wait at its end
+        with signals_later():  # a second Ctrl-C must not leave a process behind, for which Python would wait at its end
             for one in workers:
-                one.process.kill()
-        for one in workers:
-            one.stop()
-
-
-@contextmanager
-def _deaf() -> Iterator[None]:
-    """Ctrl-C is not heard meanwhile, in the thread that hears it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+                one.stop()
 
 
 def _serve(connection: Connection, threads: int | None, examine: Callable[[Any], Outcome]) -> None:

@@ -14,7 +14,7 @@ from detfamily.errors import ConfigError, nearest
 from detfamily.experiments.results import slug
 from detfamily.experiments.scale import Variant, identity, variants
 from detfamily.experiments.table import Row, Table
-from detfamily.experiments.words import RUNS_AT_ONCE, positive, read_words
+from detfamily.experiments.words import positive, read_words
 from detfamily.sweeps.distribution import Point, override_words
 from detfamily.sweeps.sweep import Sweep, check_free, read_sweep
 from detfamily.sweeps.trial import label
@@ -67,7 +67,7 @@ def read_request(words: Sequence[str]) -> Request:
     trials = positive("trials", own["trials"]) if "trials" in own else None
     name = slug(sweep.name) if method == OPTUNA else f"{slug(sweep.name)}-{method}"
     folder = Path(own["output_dir"]).expanduser() if own.get("output_dir") else HOME / name
-    return Request(sweep, method, trials, positive("jobs", own.get("jobs", "1"), RUNS_AT_ONCE), folder, further)
+    return Request(sweep, method, trials, positive("jobs", own.get("jobs", "1")), folder, further)
 
 
 class Recipe:
